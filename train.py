@@ -262,7 +262,7 @@ def main():
     params, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
     step_tokens, peak = sequences * config.block_size, peak_flops(device) if bf16 else None
     bytes_per_token = meta["val"]["bytes"] / meta["val"]["tokens"]
-    say(f"{config.n_layer} blocks, h[{config.loop_start}:{config.loop_end}] x {config.n_loop} ({config.residual}), {params:,} parameters, "
+    say(f"n_layer={config.n_layer}, h[{config.loop_start}:{config.loop_end}] x {config.n_loop} ({config.residual}), {params:,} parameters, "
         f"{flops / 1e6:.1f} MFLOPs per token | {meta['dataset']}, {len(train_data):,} {meta['tokenizer']} tokens | "
         f"{config.max_steps} steps of {step_tokens:,} | {world} x {device.type}, {'bfloat16' if bf16 else 'float32'}", flush=True)
 
