@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-RESIDUALS = ("sum", "mean", "outer", "scaled")  # the readings of the paper's equation, see GPT.states
+RESIDUALS = ("sum", "mean", "outer", "scaled")  # the readings of the paper's equation, see GPT.loop
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -64,22 +65,66 @@ class KVCache:
     """The keys and values of the positions seen so far, so that a new token costs one position.
 
     One entry for each (loop, block): a looped block sees another state at every loop, so its keys differ too.
+    With fixed_shapes a token attends to all max_length positions under a mask, so that every token runs the same
+    kernels on the same addresses: what a CUDA graph needs.
     """
 
-    def __init__(self, max_length):
+    def __init__(self, max_length, device, fixed_shapes=False):
         self.max_length = max_length
         self.length = 0  # positions that every entry holds
         self.entries = {}
+        self.fixed_shapes = fixed_shapes
+        self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the next token, for fixed shapes
+        self.all_positions = torch.arange(max_length, device=device)
 
-    def update(self, entry, k, v):
-        """Append k and v, each (B, nh, T, hs), to an entry; return all of it, each (B, nh, length + T, hs)."""
-        B, nh, T, hs = k.shape
+    def advance(self, T):
+        self.length += T
+        self.position.fill_(self.length)
+
+    def positions(self, T):
+        """Where the next T tokens stand, (T,)."""
+        if self.fixed_shapes and T == 1:
+            return self.position
+        return self.all_positions[self.length:self.length + T]
+
+    def update(self, entry, kv):
+        """Append keys and values kv (2, B, nh, T, hs) to an entry; return all of it, (2, B, nh, S, hs), and its mask."""
+        T = kv.size(3)
         if entry not in self.entries:
-            self.entries[entry] = k.new_empty(2, B, nh, self.max_length, hs)
-        kv, end = self.entries[entry], self.length + T
+            self.entries[entry] = kv.new_zeros(*kv.shape[:3], self.max_length, kv.size(4))
+            torch._dynamo.mark_static_address(self.entries[entry])
+        held = self.entries[entry]
+        if self.fixed_shapes and T == 1:
+            held.index_copy_(3, self.position, kv)
+            return held, self.all_positions[None] <= self.position  # mask: (1, S)
+        end = self.length + T
         assert end <= self.max_length, f"{end} positions in a cache of {self.max_length}"
-        kv[0, :, :, self.length:end], kv[1, :, :, self.length:end] = k, v
-        return kv[0, :, :, :end], kv[1, :, :, :end]
+        assert T == 1 or self.length == 0, f"{T} new positions over {self.length} cached ones would need a mask"
+        held[:, :, :, self.length:end] = kv
+        return held[:, :, :, :end], None
+
+
+def linear(x, weight, bias=None):
+    """F.linear, x (B, T, I) and weight (O, I) -> (B, T, O), but for a few tokens on a CPU as a batch of products.
+
+    What meets few tokens should be read at the speed of memory; MKL reads a single matrix at a third of it, with
+    one core, a batch with all. 124M decoding on 2 cores: @@x.
+    """
+    tokens, (O, I) = x.size(0) * x.size(1), weight.shape
+    if tokens > 4 or O * I < 100_000 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    parts = max(2, torch.get_num_threads())
+    rows = O // parts  # of a part; what is left over comes apart
+    y = torch.bmm(weight[:parts * rows].view(parts, rows, I), x.reshape(1, tokens, I).mT.expand(parts, -1, -1))
+    y = y.permute(2, 0, 1).reshape(*x.shape[:2], parts * rows)  # (parts, rows, B * T) -> (B, T, parts * rows)
+    if parts * rows < O:
+        y = torch.cat((y, F.linear(x, weight[parts * rows:])), dim=-1)
+    return y if bias is None else y + bias
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -88,17 +133,18 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, cache=None, entry=None):
         B, T, C = x.shape
-        # (B, T, 3C) -> three of (B, nh, T, hs)
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        # (B, T, 3C) -> (3, B, nh, T, hs)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, kv, mask = qkv[0], qkv[1:], None
         if cache is not None:
-            k, v = cache.update(entry, k, v)  # (B, nh, S, hs), S >= T
-            assert T in (1, k.size(2)), f"{T} new positions over {k.size(2) - T} cached ones would need a mask"
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
+            kv, mask = cache.update(entry, kv)  # (2, B, nh, S, hs), S >= T
+        k, v = kv
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -109,8 +155,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
@@ -118,7 +164,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, C) -> x + g(x): attention and MLP each add scale times their output to the residual stream."""
+    """x (B, T, C) -> x + g(x): attention and MLP add their outputs to the residual stream, times scale if given.
+
+    scale is a tensor (): a number would have the block compiled again for each of its values.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -127,9 +176,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, scale=1.0, cache=None, entry=None):
-        x = torch.add(x, self.attn(self.ln_1(x), cache, entry), alpha=scale)
-        return torch.add(x, self.mlp(self.ln_2(x)), alpha=scale)
+    def forward(self, x, scale=None, cache=None, entry=None):
+        y = self.attn(self.ln_1(x), cache, entry)
+        x = x + y if scale is None else torch.addcmul(x, y, scale)
+        y = self.mlp(self.ln_2(x))
+        return x + y if scale is None else torch.addcmul(x, y, scale)
 
 
 class GPT(nn.Module):
@@ -138,6 +189,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.decode = None  # forward for one token, if compile_decoding made one
+        self.checkpoint_loops = False  # backward recomputes each loop: less memory, more time
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -148,45 +201,55 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    def loop(self, x, N, n, cache=None):
+        """x(n-1) -> x(n), both (B, T, C), of N loops; n counts from 0 and names the cache's entries."""
+        # stack(y) = y + g(y) is one pass through the looped blocks. arXiv 2409.14199 asks for
+        # x(n) = x(n-1) + f(x(n-1)) and leaves open what f is, so here are the ways to read it:
+        c, y = self.config, x
+        # scaled: as sum, but each attention and MLP output joins the stream times 1/N
+        scale = torch.full((), 1 / N, device=x.device) if c.residual == "scaled" else None
+        for i in range(c.loop_start, c.loop_end):
+            y = self.h[i](y, scale, cache, (n, i))
+        if c.residual == "mean":
+            # mean:   x(n) = x(n-1) + g(x(n-1)) / N     f = g/N, an Euler step: N of them make one time unit
+            return x.lerp(y, 1 / N)
+        if c.residual == "outer":
+            # outer:  x(n) = x(n-1) + stack(x(n-1))     f = stack, the equation to the letter
+            return x + y
+        # sum:    x(n) = x(n-1) + g(x(n-1))         f = g, the residual that the blocks already are
+        return y
+
     def states(self, idx, n_loop=None, cache=None):
         """Yield the state after each loop, x(1), x(2), ... x(N), each (B, T, C), for tokens idx (B, T).
 
         N is n_loop, or the config's. With a cache, idx continues the positions that it holds.
         """
-        c = self.config
+        c, T = self.config, idx.size(1)
         N = c.n_loop if n_loop is None else n_loop
-        first = cache.length if cache is not None else 0
-        T = idx.size(1)
         if N < 1:
             raise ValueError(f"n_loop={N} must be at least 1")
-        assert first + T <= c.block_size, f"{first + T} positions do not fit block_size={c.block_size}"
-        x = self.wte(idx) + self.wpe(torch.arange(first, first + T, device=idx.device))  # (B, T, C)
+        assert T <= c.block_size, f"{T} positions do not fit block_size={c.block_size}"
+        x = self.wte(idx) + self.wpe(cache.positions(T) if cache else torch.arange(T, device=idx.device))  # (B, T, C)
         x = F.dropout(x, c.dropout, self.training)
         for i in range(c.loop_start):
-            x = self.h[i](x, 1.0, cache, (0, i))
+            x = self.h[i](x, None, cache, (0, i))
         for n in range(N):
-            # stack(y) = y + g(y) is one pass through the looped blocks. arXiv 2409.14199 asks for
-            # x(n) = x(n-1) + f(x(n-1)) and leaves open what f is, so here are the ways to read it:
-            y = x
-            for i in range(c.loop_start, c.loop_end):
-                # scaled: as sum, but each attention and MLP output joins the stream times 1/N
-                y = self.h[i](y, 1 / N if c.residual == "scaled" else 1.0, cache, (n, i))
-            if c.residual == "mean":
-                # mean:   x(n) = x(n-1) + g(x(n-1)) / N     f = g/N, an Euler step: N of them make one time unit
-                x = x.lerp(y, 1 / N)
-            elif c.residual == "outer":
-                # outer:  x(n) = x(n-1) + stack(x(n-1))     f = stack, the equation to the letter
-                x = x + y
+            if self.checkpoint_loops and torch.is_grad_enabled() and n < N - 1:
+                # keep x alone and compute the rest again when going backward; not for the last, which is needed at once
+                x = checkpoint(self.loop, x, N, n, use_reentrant=False)
             else:
-                # sum:    x(n) = x(n-1) + g(x(n-1))         f = g, the residual that the blocks already are
-                x = y
+                x = self.loop(x, N, n, cache)
             yield x
 
-    def readout(self, x, cache=None, last_only=False):
-        """From a state (B, T, C) to logits (B, T or 1, V): the blocks after the loop, the final norm, the head."""
+    def readout(self, x, targets=None, cache=None):
+        """From a state (B, T, C) to forward's (logits, loss): the blocks after the loop, then the head."""
         for i in range(self.config.loop_end, self.config.n_layer):
-            x = self.h[i](x, 1.0, cache, (0, i))
-        return F.linear(self.ln_f(x[:, [-1]] if last_only else x), self.wte.weight)
+            x = self.h[i](x, None, cache, (0, i))
+        return self.head(x if targets is not None else x[:, [-1]], targets)
+
+    def head(self, x, targets=None):
+        logits = linear(self.ln_f(x), self.wte.weight)
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def forward(self, idx, targets=None, n_loop=None, cache=None):
         """Tokens idx (B, T) -> (logits, loss).
@@ -197,15 +260,25 @@ class GPT(nn.Module):
         """
         for x in self.states(idx, n_loop, cache):
             pass  # here only the last state counts
-        logits = self.readout(x, cache, last_only=targets is None)
-        if cache is not None:
-            cache.length += idx.size(1)
-        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return self.readout(x, targets, cache)
 
     def loop_losses(self, idx, targets, n_loop=None):
         """The loss had the model stopped after loop 1, 2, ... N, in nats: (N,). The last one is forward's."""
-        return torch.stack([F.cross_entropy(self.readout(x).flatten(0, 1), targets.flatten())
-                            for x in self.states(idx, n_loop)])
+        return torch.stack([self.readout(x, targets)[1] for x in self.states(idx, n_loop)])
+
+    def compile_parts(self, **options):
+        """torch.compile for a block and for the head, which is nearly all there is.
+
+        One block's code serves every block at every loop, so that 6 x 6 starts as fast as 6 x 1 and a change of
+        n_loop compiles nothing. In the compiled head the softmax of the loss never exists in full (B, T, V).
+        """
+        for block in self.h:
+            block.compile(**options)
+        self.head = torch.compile(self.head, **options)
+
+    def compile_decoding(self, **options):
+        """torch.compile for a token of stream; on a GPU its kernels then run as one CUDA graph, without Python between."""
+        self.decode = torch.compile(self.forward, **(options or dict(mode="reduce-overhead", fullgraph=True)))
 
     # ---- from tokens to more tokens ----
 
@@ -218,11 +291,14 @@ class GPT(nn.Module):
         GPT-2's positions are absolute, so each token in it changes place, no key or value can be kept, and a
         token costs the whole window, as it would without a cache. Call eval() first if the model has dropout.
         """
-        cache, new = KVCache(self.config.block_size), idx
+        cache, new = KVCache(self.config.block_size, idx.device, fixed_shapes=self.decode is not None), idx
         for _ in range(max_new_tokens):
             if idx.size(1) > self.config.block_size:
                 cache, new = None, idx[:, -self.config.block_size:]
-            logits = self(new, n_loop=n_loop, cache=cache)[0][:, -1].float()  # (B, V)
+            step = self.decode if self.decode and cache and cache.length else self
+            logits = step(new, n_loop=n_loop, cache=cache)[0][:, -1].float()  # (B, V)
+            if cache:
+                cache.advance(new.size(1))
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:

@@ -89,6 +89,7 @@ class TrainConfig:
     device: str = flag("auto", "cpu, cuda, mps, ...; auto takes the best that is found")
     dtype: str = flag("auto", "of the computation; auto is bfloat16 where the GPU has it", ("auto", "float32", "bfloat16"))
     compile: bool | None = flag(None, "torch.compile; if not given, on CUDA where Triton is installed")
+    checkpoint_loops: bool = flag(False, "compute each loop again going backward: memory for one loop, a third more time")
 
     def __post_init__(self):
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
@@ -150,6 +151,33 @@ def evaluate(model, data, config, device, rank=0, world=1):
     if world > 1:
         dist.all_reduce(total)
     return (total / count).tolist()
+
+
+def train_step(net, optimizers, x, y, config, autocast):
+    """One update on the sequences x, y (n, T), batch_size at a time: the loss and the gradient's norm, both () on the device."""
+    loss = torch.zeros((), device=x.device)
+    for i in range(0, len(x), config.batch_size):
+        micro_x, micro_y = x[i:i + config.batch_size], y[i:i + config.batch_size]
+        net.require_backward_grad_sync = i + config.batch_size >= len(x)  # DDP: exchange gradients once a step
+        with autocast:
+            part = net(micro_x, micro_y)[1] * (len(micro_x) / len(x))
+        part.backward()
+        loss += part.detach()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip or math.inf)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss, norm
+
+
+def prepare_device(model, config, device):
+    """Set precision, compilation and checkpointing as config asks or the device suggests; (autocast, whether it is bfloat16)."""
+    torch.set_float32_matmul_precision("high")  # TF32 where there is one
+    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    if config.compile or (config.compile is None and device.type == "cuda" and find_spec("triton")):
+        model.compile_parts()
+    model.checkpoint_loops = config.checkpoint_loops
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext(), bf16
 
 
 def peak_flops(device):
@@ -231,16 +259,11 @@ def main():
         start, seconds, best, last_eval = (state[name] for name in ("step", "seconds", "best_val_loss", "last_eval"))
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    torch.set_float32_matmul_precision("high")  # TF32 where there is one
-    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-    if config.compile or (config.compile is None and device.type == "cuda" and find_spec("triton")):
-        for block in model.h:  # all blocks, at every loop, share the code that is compiled for the first
-            block.compile()
+    autocast, bf16 = prepare_device(model, config, device)
     net = model
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        net = DistributedDataParallel(model)
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     signals = []  # Ctrl-C and SIGTERM take effect between two steps
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -316,19 +339,11 @@ def main():
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         torch.manual_seed((config.seed * 1_000_003 + step) * world + rank)  # dropout depends on seed and step alone
-        x, y = get_batch(train_data, config, step, rank, world)
-        x, y, loss = x.to(device), y.to(device), torch.zeros((), device=device)
-        for i in range(0, len(x), config.batch_size):
-            micro_x, micro_y = x[i:i + config.batch_size], y[i:i + config.batch_size]
-            net.require_backward_grad_sync = i + config.batch_size >= len(x)  # DDP: exchange gradients once a step
-            with autocast:
-                part = net(micro_x, micro_y)[1] * (len(micro_x) / len(x))
-            part.backward()
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        batch = get_batch(train_data, config, step, rank, world)
+        if device.type == "cuda":  # from pinned memory the copy, and all that follows, is queued while the GPU is still at the last step
+            batch = (part.pin_memory() for part in batch)
+        x, y = (part.to(device, non_blocking=True) for part in batch)
+        loss, norm = train_step(net, optimizers, x, y, config, autocast)
 
     if world > 1:
         time.sleep(0.1)  # gloo's threads need the GIL to free their last tensors; its destructor waits for them and holds it
