@@ -10,6 +10,8 @@ import csv
 import gzip
 import hashlib
 import http.server
+import io
+import itertools
 import json
 import lzma
 import math
@@ -18,9 +20,11 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -200,31 +204,44 @@ CUT = 3 << 16  # bytes after which a broken connection breaks
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """A web server with the faults of real ones; `script` holds what the next answers are."""
-    files, script, requests = {}, [], []
+    """A web server with the faults of real ones; `script` holds what the next answers are. Where there is a `store`,
+    this is the hub, which says what a file should be, but has another server give it."""
+    files, script, requests, store, promised, tokens = {}, [], [], None, {}, set()
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
         pass
 
     def do_GET(self):
+        Server.tokens.add(("store" if "/store/" in self.path else "hub", self.headers.get("Authorization")))
+        if Server.store and "/store/" not in self.path and Path(self.path).name in Server.files:
+            body = Server.promised.get(Path(self.path).name) or Server.files[Path(self.path).name]
+            self.send_response(302)
+            self.send_header("Location", f"{Server.store}/store{self.path}?signed")
+            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         how = Server.script.pop(0) if Server.script else "fine"
         begin = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
         Server.requests.append((how, begin))
+        body = Server.files.get(Path(self.path.removesuffix("?signed")).name, b"")
+        if how in ("fine", "cut", "no ranges") and begin >= len(body):
+            how = 416 if body else 404
         if isinstance(how, int):
             self.send_response(how)
             if how == 302:
                 self.send_header("Location", f"http://localhost:{self.server.server_port}/elsewhere{self.path}")
             self.send_header("Content-Length", "0")
             return self.end_headers()
-        body = Server.files[Path(self.path).name]
         if how == "no ranges":
             begin = 0
         self.send_response(206 if begin else 200)
         self.send_header("Content-Length", str(len(body) - begin))
         self.end_headers()
-        self.wfile.write(body[begin:begin + CUT] if how == "cut" else body[begin:])
-        if how == "cut":
+        self.wfile.write(body[begin:begin + CUT] if how == "cut" or callable(how) else body[begin:])
+        if callable(how):
+            how()
+        if how == "cut" or callable(how):
             self.close_connection = True
 
 
@@ -232,10 +249,10 @@ class Server(http.server.BaseHTTPRequestHandler):
 def served(tmp_path, monkeypatch):
     """The address of a Server; downloads go to a cache of this test's own, and nobody waits."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
-    Server.files, Server.script, Server.requests = {}, [], []
+    Server.files, Server.script, Server.requests, Server.store, Server.promised, Server.tokens = {}, [], [], None, {}, set()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
@@ -258,7 +275,7 @@ def test_downloads_survive_what_networks_do(served, tmp_path):
 def test_downloads_that_cannot_be_had_say_so(served, tmp_path):
     Server.files = {"f": b"something else"}
     sha256 = hashlib.sha256(b"something").hexdigest()
-    for script, message, tries in [([404], "HTTP 404", 1), ([500] * 9, "HTTP 500", 5), ([429] * 9, "HTTP 429", 5), (["fine"], "not the file it was", 1)]:
+    for script, message, tries in [([404], "HTTP 404", 1), ([500] * 9, "HTTP 500", 7), ([429] * 9, "HTTP 429", 7), (["fine"], "not the file it was", 1)]:
         Server.script, Server.requests = list(script), []
         with pytest.raises((OSError, ValueError), match=message + ".*; use another"):
             prepare.download(f"{served}/f", sha256, "use another")
@@ -282,6 +299,177 @@ def test_shakespeare_comes_from_the_network(served, tmp_path, monkeypatch, capsy
     assert "without a network use: python prepare.py pystdlib" in line
 
 
+def tar_of(*members):
+    """A tar of (name, content); None as content makes a link."""
+    with tarfile.open(fileobj=(f := io.BytesIO()), mode="w") as tar:
+        for name, body in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = (tarfile.SYMTYPE, "/etc/passwd", 0) if body is None else (tarfile.REGTYPE, "", len(body))
+            tar.addfile(info, io.BytesIO(body or b""))
+    return f.getvalue()
+
+
+def is_for_validation(text):
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) % 2000 == 0
+
+
+OWT = ("openwebtext", "--tokenizer=byte", "--shards=3")  # bytes are quick, and need no vocabulary
+
+
+@pytest.fixture
+def hub(served, tmp_path, monkeypatch):
+    """Three files laid out as OpenWebText's, on a Server that sends to another; (text of each split, a function to run main)."""
+    store = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=store.serve_forever, args=[0.05], daemon=True).start()
+    Server.store = f"http://localhost:{store.server_port}"  # another host and another port
+    monkeypatch.setattr(prepare, "HUB", served + "/")
+    monkeypatch.chdir(tmp_path)
+    expected = {"train": "", "val": ""}
+    for i in range(3):
+        archives = []
+        for j in range(4):
+            texts = [f"\n {any_text(10 * i + j, 500)} \n\n\n\n\n{random.Random(10 * i + j).randbytes(100_000).hex()}\n", "", f"a{EOT}b"]
+            texts.append(next(text for n in itertools.count() if is_for_validation(text := f"{i} {j} é {n}")))
+            for text in texts:
+                text = re.sub("\n\n\n+", "\n\n", text).strip()
+                expected["val" if is_for_validation(text) else "train"] += text + EOT
+            members = [(f"../../{n}.txt", text.encode()) for n, text in enumerate(texts)]  # names that lead out of here
+            archives.append((f"/openwebtext/{i}-{j}_data.xz", lzma.compress(tar_of(("link.txt", None), ("README", b"not this"), *members), preset=0)))
+        Server.files[f"urlsf_subset{i:02}.tar"] = tar_of(("link.xz", None), ("LICENSE", b"nor this"), *archives)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *args])
+        prepare.main()
+        return snapshot("data")
+
+    yield expected, run
+    store.shutdown()
+    store.server_close()
+
+
+def test_openwebtext_is_what_was_published_on_any_network(hub, tmp_path, monkeypatch):
+    expected, run = hub
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    data = run(*OWT)
+    whole, val, meta = load_data("data")
+    for split, tokens in (("train", whole), ("val", val)):
+        assert get_tokenizer("byte").decode(tokens.tolist()) == expected[split]
+        assert meta[split] == {"tokens": len(tokens), "bytes": len(expected[split].replace(EOT, "").encode()),
+                               "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
+    assert Server.tokens == {("hub", "Bearer secret"), ("store", None)}
+    for script in (["cut"] * 6, [429, 500, 503], ["cut", "no ranges", "cut", 500, "cut", "no ranges"]):
+        Server.script = list(script)
+        assert run(*OWT) == data and not Server.script
+    for limit, files in [(2, 1), (len(whole) // 2, 2), (len(whole) - 1, 3), (len(whole) + 1, 3)]:  # only files that it needs
+        Server.requests = []
+        run(*OWT, f"--limit={limit}")
+        train_data, val_data, meta = load_data("data")
+        assert np.array_equal(train_data, whole[:limit]) and np.array_equal(val_data, val[:len(val_data)]) and len(Server.requests) == files
+        assert meta["train"]["bytes"] == (train_data < 256).sum()
+    assert {path.name for path in tmp_path.rglob("*")} == {"data", "train.bin", "val.bin", "meta.json"}  # nothing where the tars' names lead
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+def test_openwebtext_goes_on_after_any_end(hub, tmp_path, monkeypatch):
+    _, run = hub
+    data = run(*OWT)
+    shutil.rmtree("data")
+    (tmp_path / "driver.txt").write_text(f"import prepare; prepare.HUB = {prepare.HUB!r}; prepare.run(prepare.main)")
+    Server.requests = []
+    for end in (signal.SIGKILL, signal.SIGINT):
+        Server.script = ["fine", "cut", lambda: (process.send_signal(end), process.wait())]
+        process = start("driver.txt", *OWT, cwd=tmp_path)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, "go on with: python driver.txt openwebtext" in err) == ((-9, False) if end == signal.SIGKILL else (130, True)), err
+    assert run(*OWT) == data and [begin for _, begin in Server.requests].count(0) == 3  # nothing was fetched twice
+
+    real = os.replace
+
+    def replace(src, dst):
+        nonlocal left
+        left -= 1
+        if left == 0 and not after:
+            raise Killed
+        real(src, dst)
+        if left == 0:
+            raise Killed
+
+    two_files = run(*OWT[:2], "--shards=2")
+    monkeypatch.setattr(prepare.os, "replace", replace)
+    for n, after in itertools.product(range(1, 7), (False, True)):  # at each of six renames, before it and after
+        shutil.rmtree("data")
+        left = n
+        with pytest.raises(Killed):
+            run(*OWT[:2], "--shards=2")
+        assert run(*OWT[:2], "--shards=2") == two_files
+
+
+def test_what_is_wrong_with_large_files_is_said_and_the_last_good_data_stay(hub, monkeypatch, capsys):
+    _, run = hub
+    good = run(*OWT[:2], "--shards=1")
+    (first, body), again = next(iter(Server.files.items())), "; go on with: python prepare.py openwebtext --tokenizer=byte --shards=3"
+
+    def refused(message, *args, end=""):
+        line = mistake(prepare.main, *(args or OWT), monkeypatch=monkeypatch, capsys=capsys)
+        assert re.search(message, line) and line.endswith(end), line
+        assert all(path.read_bytes() == good[path] for path in good)
+
+    monkeypatch.setattr(prepare, "LARGEST", 10**6)
+    other, bomb = (tar_of(("a.xz", lzma.compress(tar_of(("a.txt", text))))) for text in (b"another text", bytes(10**6)))
+    for bad, promised, message in [
+            (other, body, f"{first} is not the file it was .sha256"), (body[:9000] + b"x" + body[9001:], body, "cannot be unpacked|is not the file"),
+            (b"<html>" * 10**4, body, "cannot be unpacked|is not the file"), (bomb, bomb, "cannot be unpacked .more than 1000000 bytes"),
+            (tar_of(("a.xz", b"not xz")), None, "cannot be unpacked"), (tar_of(("a.xz", lzma.compress(b"no tar"))), None, "cannot be unpacked"),
+            (tar_of(("a.xz", bytes(10**6 + 1))), None, "cannot be unpacked .1000001 bytes"),
+            (tar_of(("a.xz", lzma.compress(tar_of(("a.txt", b"\xff"))))), None, "cannot be unpacked .'utf-8'")]:
+        Server.files[first], Server.promised = bad, {first: promised}
+        refused(message, end=again)
+        assert not Path(f"data/{first}.part").exists()
+    Server.files[first], Server.promised, store, Server.store = body, {}, Server.store, None
+    refused("cannot be checked, the server does not say its sha256", end=again)
+    Server.store = store
+    monkeypatch.setattr(prepare, "LARGEST", 10**9)
+    limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for room in (100_000, 300_000, 900_000):  # a write beyond it fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            refused("File too large", end=again)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, ignored)
+    Server.script = ["fine", 404]
+    refused("HTTP 404", end=again)
+    for other in ("--shards=2", "--shards=3 --limit=1000"):
+        refused("unfinished.json is of another run, openwebtext --tokenizer=byte --shards=3: finish that, or delete it", *OWT[:2], *other.split())
+    Path("data/train.bin.part").write_bytes(b"lost")
+    refused("train.bin.part is shorter than")
+    Path("data/unfinished.json").unlink()
+    assert len(run(*OWT)) == 3
+
+
+def test_fineweb_is_taken_as_it_is(hub, gpt2, monkeypatch, capsys):
+    _, run = hub
+    rng, shards = np.random.default_rng(0), {}
+    for name, n in [("val_000000", 300_000), ("train_000001", 200_000), ("train_000002", 100_001)]:
+        shards[name] = rng.choice([*range(2000), 50256], n).astype("<u2")
+        Server.files[f"fineweb_{name}.bin"] = np.array([20240520, 1, n, *[0] * 253], "<i4").tobytes() + shards[name].tobytes()
+    monkeypatch.setattr(prepare, "FINEWEB_VAL_SHA256", hashlib.sha256(Server.files["fineweb_val_000000.bin"]).hexdigest())
+    both = np.concatenate([shards["train_000001"], shards["train_000002"]])
+    for args, n in [(["--shards=1"], 200_000), (["--shards=2"], 300_001), (["--shards=2", "--limit=200_001"], 200_001), (["--limit=9"], 9)]:
+        Server.script = ["cut", 500, "cut", "no ranges"]
+        run("fineweb", *args)
+        train_data, val_data, meta = load_data("data")
+        assert np.array_equal(train_data, both[:n]) and np.array_equal(val_data, shards["val_000000"])
+        assert meta["tokenizer"] == "gpt2" and meta["train"]["bytes"] == len(b"".join(gpt2.decode_tokens_bytes(train_data[train_data != 50256].tolist())))
+    for name, message in [("train_000001", "is not a file of GPT-2's tokens"), ("val_000000", "is not the file it was")]:
+        Server.files[f"fineweb_{name}.bin"] = Server.files[f"fineweb_{name}.bin"][:-2]  # less than its header says
+        assert message in mistake(prepare.main, "fineweb", "--shards=1", monkeypatch=monkeypatch, capsys=capsys)
+        Path("data/unfinished.json").unlink(missing_ok=True)
+
+
 def test_prepare_keeps_the_last_good_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.txt").write_text("good " * 1000)
@@ -302,7 +490,10 @@ def test_prepare_keeps_the_last_good_data(tmp_path, monkeypatch, capsys):
     for args, message in [(["nowhere"], "neither a file nor a folder"), (["binary"], "not text in UTF-8"), (["latin1.txt"], "not text in UTF-8"),
                           (["cut.xz"], "cannot be unpacked"), (["cut.gz"], "cannot be unpacked"), (["not.xz"], "cannot be unpacked"),
                           (["tiny.txt"], "too short"), (["empty"], "no text files"), (["--tokenizer=word"], "invalid choice"), (["--what"], "unrecognized"),
-                          (["good.txt", "--tokenizer=gpt2"], "without a network use bytes: python prepare.py --tokenizer=byte")]:
+                          (["good.txt", "--tokenizer=gpt2"], "without a network use bytes: python prepare.py --tokenizer=byte"),
+                          (["openwebtext"], "GPT-2's vocabulary could not be downloaded"), (["fineweb", "--tokenizer=byte"], "leave out --tokenizer=byte"),
+                          (["openwebtext", "--shards=22"], "--shards from 1 to 21"), (["fineweb", "--shards=0"], "--shards from 1 to 103"),
+                          (["fineweb", "--limit=1"], "a --limit from 2"), (["--limit=5"], "are for openwebtext and fineweb"), (["good.txt", "--shards=1"], "are for")]:
         assert message in mistake(prepare.main, *args, monkeypatch=monkeypatch, capsys=capsys)
         assert snapshot(tmp_path) == before, args
 
