@@ -229,7 +229,7 @@ class GPT(nn.Module):
         if N < 1:
             raise ValueError(f"n_loop={N} must be at least 1")
         assert T <= c.block_size, f"{T} positions do not fit block_size={c.block_size}"
-        x = self.wte(idx) + self.wpe(cache.positions(T) if cache else torch.arange(T, device=idx.device))  # (B, T, C)
+        x = self.wte(idx) + self.wpe(cache.positions(T) if cache is not None else torch.arange(T, device=idx.device))  # (B, T, C)
         x = F.dropout(x, c.dropout, self.training)
         for i in range(c.loop_start):
             x = self.h[i](x, None, cache, (0, i))
@@ -295,9 +295,10 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if idx.size(1) > self.config.block_size:
                 cache, new = None, idx[:, -self.config.block_size:]
-            step = self.decode if self.decode and cache and cache.length else self
-            logits = step(new, n_loop=n_loop, cache=cache)[0][:, -1].float()  # (B, V)
-            if cache:
+            compiled = self.decode is not None and cache is not None and cache.length > 0
+            with torch.compiler.set_stance("default" if compiled else "force_eager"):  # lengths change all the time
+                logits = (self.decode if compiled else self)(new, n_loop=n_loop, cache=cache)[0][:, -1].float()  # (B, V)
+            if cache is not None:
                 cache.advance(new.size(1))
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)

@@ -100,9 +100,9 @@ class TrainConfig:
                 raise ValueError(f"--{name}={getattr(self, name)} must not be negative or infinite")
 
 
-def read_flags():
+def read_flags(description=__doc__):
     """The flags that were given, {name: value}; defaults are left out, so that a preset or a checkpoint can differ."""
-    parser = one_line_errors(argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = one_line_errors(argparse.ArgumentParser(description=description, allow_abbrev=False,
                                                      formatter_class=argparse.RawDescriptionHelpFormatter))
     for f in fields(TrainConfig):
         kind = next(t for t in (bool, int, float, str) if f.type in (t, t | None))
