@@ -613,6 +613,29 @@ def test_a_cached_token_costs_one_position(monkeypatch):
     assert widths == [5] + [1] * 11 + [16, 16]  # the prompt, tokens one by one, then the sliding window
 
 
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_decoding_with_fixed_shapes_is_compiled_once_and_changes_nothing(residual):
+    torch._dynamo.reset()
+    model = small(n_loop=3, loop_start=1, loop_end=2, residual=residual)
+    for prompt in (torch.randint(50, (2, 5)), torch.randint(50, (2, 1))):  # of one token: as after nothing
+        model.decode = None
+        expected = model.generate(prompt, 25, temperature=0)  # beyond block_size=16 too
+        model.compile_decoding(backend="eager", fullgraph=True)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert torch.equal(model.generate(prompt, 25, temperature=0), expected)
+        assert model.bfloat16().generate(prompt, 25, temperature=0).shape == (2, prompt.size(1) + 25)
+        model = small(n_loop=3, loop_start=1, loop_end=2, residual=residual)
+
+
+def test_a_few_tokens_are_multiplied_as_many_are():
+    for O, I in [(400, 300), (401, 300), (1000, 101)]:
+        weight, bias = torch.randn(O, I, dtype=torch.double), torch.randn(O, dtype=torch.double)
+        for shape in [(1, 1), (2, 1), (1, 3), (2, 2), (5, 1), (2, 7)]:
+            x = torch.randn(*shape, I, dtype=torch.double)
+            for b in (None, bias):
+                torch.testing.assert_close(model_file.linear(x, weight, b), F.linear(x, weight, b))
+
+
 def test_sampling_follows_the_model_s_distribution():
     model = small(n_loop=2)
     prompt = torch.zeros(20_000, 1, dtype=torch.long)
@@ -636,6 +659,38 @@ def test_flops_per_token_are_those_that_torch_counts():
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 model(idx, idx, n_loop=n_loop)[1].backward()
             assert counter.get_total_flops() / idx.numel() == model.flops_per_token(n_loop)
+
+
+def gradients(model, idx, **how):
+    torch.manual_seed(2)  # for dropout
+    model.zero_grad()
+    model(idx, idx, **how)[1].backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_one_compiled_block_serves_all_at_any_depth(residual):
+    torch._dynamo.reset()
+    idx = torch.randint(50, (2, 16))
+    plain, compiled = (small(n_layer=4, loop_start=1, loop_end=3, n_loop=3, residual=residual) for _ in range(2))
+    compiled.compile_parts(backend="eager")
+    expected, _ = gradients(plain, idx), gradients(compiled, idx)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n_loop in (3, 1, 2, 6):
+            for a, b in zip(gradients(plain, idx, n_loop=n_loop), gradients(compiled, idx, n_loop=n_loop), strict=True):
+                torch.testing.assert_close(a, b)
+    assert torch.equal(compiled.eval().generate(idx[:, :3], 20, temperature=0), plain.eval().generate(idx[:, :3], 20, temperature=0))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_checkpointed_loops_have_the_same_gradients(residual):
+    idx, calls = torch.randint(50, (2, 16)), []
+    model = small(n_loop=4, loop_start=1, loop_end=2, residual=residual, dropout=0.2).train()
+    expected = gradients(model, idx)
+    model.checkpoint_loops = True
+    model.h[1].register_forward_pre_hook(lambda module, args: calls.append(1))
+    assert all(torch.equal(a, b) for a, b in zip(expected, gradients(model, idx), strict=True))
+    assert len(calls) == 4 + 3  # all but the last loop once more
 
 
 def test_decay_is_for_matrices_and_muon_for_those_of_the_blocks():
@@ -1010,3 +1065,20 @@ def test_prompts_that_cannot_work_are_refused(tiny_data, whole_run, monkeypatch,
                           (["--prompt_file=whole/ckpt.pt"], "not text in UTF-8"), (["--n_loop=0"], "--n_loop"), (["--top_k=0"], "--top_k"),
                           (["--temperature=-1"], "--temperature"), (["--prompt=a", "--prompt_file=b"], "not allowed with"), (["--what"], "unrecognized")]:
         assert message in mistake(sample.main, "--checkpoint=whole/ckpt.pt", *args, monkeypatch=monkeypatch, capsys=capsys)
+
+
+# ---- bench.py ----
+
+def test_bench_measures_what_its_flags_describe(tmp_path):
+    flags = ["--n_layer=3", "--loop_start=1", "--n_loop=4", "--n_head=2", "--n_embd=32", "--block_size=32", "--checkpoint_loops"]
+    figures = json.loads(finish("bench.py", "measure", *flags, cwd=tmp_path).splitlines()[-1])
+    model = GPT(GPTConfig(32, 257, 3, 2, 32, n_loop=4, loop_start=1))
+    assert figures["parameters"] == sum(p.numel() for p in model.parameters()) and figures["flops"] == model.flops_per_token()
+    assert figures["depth"] == 1 + 2 * 4 and figures["tokens"] == TrainConfig.batch_size * 32
+    assert all(figures[name] > 0 for name in ("cold", "step", "peak", "first", "decode")) and figures["memory"] >= 0
+    assert figures["step"] < figures["cold"]
+    table = finish("bench.py", *flags, cwd=tmp_path).splitlines()
+    assert len(table) == 3 and table[2].split()[-1] == "1.00x" and " 9 " in table[2]
+    for args, message in [(["nonsense"], "nonsense is none of its commands"), (["--n_loop=0"], "n_loop=0 must be at least 1"), (["--what"], "unrecognized")]:
+        process = start("bench.py", *args, cwd=tmp_path)
+        assert message in process.communicate()[1] and process.returncode in (1, 2)
