@@ -49,11 +49,11 @@ HERE = Path(__file__).parent
 LAYOUTS = [(0, None), (0, 2), (1, 2), (1, 3)]  # loop_start, loop_end of three blocks
 
 
-def start(script, *args, cwd):
+def start(script, *args, cwd, **options):
     """A script of ours in a process of its own, as a user starts it."""
     command = [sys.executable, *(str(HERE / part) if part.endswith(".py") else part for part in script.split()), *args]
     return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+                            env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}, **options)
 
 
 def finish(script, *args, cwd, code=0):
@@ -1082,3 +1082,27 @@ def test_bench_measures_what_its_flags_describe(tmp_path):
     for args, message in [(["nonsense"], "nonsense is none of its commands"), (["--n_loop=0"], "n_loop=0 must be at least 1"), (["--what"], "unrecognized")]:
         process = start("bench.py", *args, cwd=tmp_path)
         assert message in process.communicate()[1] and process.returncode in (1, 2)
+
+
+def test_compare_goes_on_where_it_was_stopped(tiny_data, tmp_path):
+    args = ["compare", "--seeds=1", "--max_steps=30", f"--data_dir={tiny_data / 'data'}"]
+    process = start("bench.py", *args, cwd=tmp_path, start_new_session=True)
+    for line in process.stdout:
+        if "seed 0:" in line:  # the first model is finished, others are not
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    process.communicate()
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert 1 <= len(finished) < 8 and not (tmp_path / "results").exists()
+    out = finish("bench.py", *args, cwd=tmp_path)
+    assert finished.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}.items()  # not run again
+    models = json.loads((tmp_path / "results" / "tiny.json").read_text())["models"]
+    assert [row["depth"] for row in models.values()] == [4, 6, 6, 4, 1, 2, 2, 1]
+    for label, row in models.items():
+        assert row["mean"] == row["runs"][0]["val_loss"] and f"\n{label:<32}" in out and f"{row['mean']:.4f}" in out
+    for short, longer, loop in [("4 x 1", "4 x 1, compute of 2 x 3", "2 x 3"), ("1 x 1", "1 x 1, compute of 1 x 2", "1 x 2")]:
+        assert models[longer]["runs"][0]["steps"] == round(30 * models[loop]["flops"] / models[short]["flops"])
+    assert f"4 x 1 minus 2 x 3: {models['4 x 1']['mean'] - models['2 x 3']['mean']:+.4f}" in out
+    alone = finish("train.py", "--n_embd=64", "--n_head=2", "--n_layer=2", "--n_loop=3", "--learning_rate=8e-3", "--max_steps=30",
+                   f"--data_dir={tiny_data / 'data'}", cwd=tmp_path)
+    assert json.loads(alone.splitlines()[-1])["val_loss"] == models["2 x 3"]["mean"]
