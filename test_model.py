@@ -613,6 +613,80 @@ def test_a_cached_token_costs_one_position(monkeypatch):
     assert widths == [5] + [1] * 11 + [16, 16]  # the prompt, tokens one by one, then the sliding window
 
 
+def settled_by_hand(model, idx, depths, n_loop, exit_kl):
+    """The rule without a cache: the next token's logits (V,) after idx (T,), and after how many loops its last position leaves.
+
+    depths (T - 1) is how many loops the positions before it took.
+    """
+    c, T = model.config, len(idx)
+    depths, states, held = torch.tensor([*depths, n_loop]), [], {}
+    scale = 1 / n_loop if c.residual == "scaled" else 1.0
+
+    def block(i, x, scale, n=0):
+        q, k, v = (part.view(T, c.n_head, -1).transpose(0, 1) for part in model.h[i].attn.c_attn(model.h[i].ln_1(x)).split(c.n_embd, dim=-1))
+        if n > 0:  # who has left shows the keys and values of its last loop
+            left = (depths <= n)[None, :, None]
+            k, v = torch.where(left, held[i][0], k), torch.where(left, held[i][1], v)
+        held[i] = k, v
+        scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        x = x + scale * model.h[i].attn.c_proj((scores.softmax(-1) @ v).transpose(0, 1).reshape(T, -1))
+        return x + scale * model.h[i].mlp(model.h[i].ln_2(x))
+
+    x = model.wte.weight[idx] + model.wpe.weight[:T]
+    for i in range(c.loop_start):
+        x = block(i, x, 1.0)
+    for n in range(n_loop):
+        y = x
+        for i in range(c.loop_start, c.loop_end):
+            y = block(i, y, scale, n)
+        y = {"sum": y, "scaled": y, "outer": x + y, "mean": x + (y - x) / n_loop}[c.residual]
+        x = torch.where((depths > n)[:, None], y, x)  # who has left stays as it was
+        states.append(x)
+    before = None
+    for n in range(1, n_loop + 1):
+        x = torch.cat((states[-1][:-1], states[n - 1][-1:]))  # those before as they left, the last as it is after loop n
+        for i in range(c.loop_end, c.n_layer):
+            x = block(i, x, 1.0)
+        logits = model.ln_f(x[-1]) @ model.wte.weight.T
+        p = logits.softmax(-1)
+        if n == n_loop or (n > 1 and (p * (p / before).log()).sum() < exit_kl):
+            return logits, n
+        before = p
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_token_that_leaves_early_is_as_without_a_cache(residual, layout):
+    model, together = small(n_loop=4, loop_start=layout[0], loop_end=layout[1], residual=residual), []
+    prompt = torch.randint(50, (3, 4), generator=torch.Generator().manual_seed(2))
+    predictions = torch.stack([model.readout(x, prompt)[0].log_softmax(-1) for x in model.states(prompt)])
+    middle = F.kl_div(predictions[:-1], predictions[1:], reduction="none", log_target=True).sum(-1)[1].median().item()  # after loop 3
+    for n_loop, exit_kl in [(None, middle), (6, middle), (2, math.inf), (1, math.inf)]:
+        N, seen = n_loop or 4, []
+        idx = torch.cat([prompt, *model.stream(prompt, 15, 2.0, n_loop=n_loop, exit_kl=exit_kl, loops=seen)], dim=1)
+        depths = torch.cat((torch.full((3, 3), N), torch.stack(seen, dim=1)), dim=1)  # of all positions but the last
+        cache = model_file.KVCache(16, "cpu")
+        model(prompt, n_loop=n_loop, cache=cache)
+        for T in range(5, 17):
+            cache.advance(4 if T == 5 else 1)
+            logits, took = model.settle(idx[:, T - 1:T], cache, exit_kl, n_loop)
+            expected = [settled_by_hand(model, *row, N, exit_kl) for row in zip(idx[:, :T], depths[:, :T - 1].tolist())]
+            torch.testing.assert_close(logits[:, 0], torch.stack([logits for logits, _ in expected]))
+            assert took.tolist() == depths[:, T - 1].tolist() == [n for _, n in expected]
+            together.append(took.unique().numel())
+        assert (depths[:, :4] == N).all() and (depths[:, 16:] == N).all()  # the prompt, and the window that slides
+    assert max(together) > 1  # some left while others of their batch went on
+    assert torch.equal(model.generate(prompt, 20, temperature=0, exit_kl=0.0), model.generate(prompt, 20, temperature=0))
+    tokens = model.generate(prompt, 6, temperature=0, exit_kl=middle)
+    for row in range(3):  # greedy text, alone
+        idx, depths = prompt[row], [4, 4, 4]
+        for _ in range(6):
+            logits, took = settled_by_hand(model, idx, depths, 4, middle if len(idx) > 4 else -math.inf)
+            idx, depths = torch.cat((idx, logits.argmax(-1, keepdim=True))), [*depths, took]
+        assert torch.equal(tokens[row], idx)
+
+
 def test_sampling_follows_the_model_s_distribution():
     model = small(n_loop=2)
     prompt = torch.zeros(20_000, 1, dtype=torch.long)
