@@ -199,10 +199,10 @@ def loops():
         raise ValueError(f"{args.data_dir} has {len(data)} tokens of {meta['vocab_size']} to validate with, the model sees {T} of {c.vocab_size}; "
                          "give the --data_dir that it was trained on")
     x, y = windows(data, np.linspace(0, len(data) - 1 - T, args.windows).astype(int), T)
-    parts = list(zip(x.to(device).split(max(1, 2 ** 22 // (T * c.vocab_size))), y.to(device).split(max(1, 2 ** 22 // (T * c.vocab_size)))))
+    size = max(1, 2 ** 22 // (T * c.vocab_size))  # windows at once, by what their logits need
 
-    def mean(work):  # over all windows, a part at a time
-        return sum(work(x, y) * (len(x) / args.windows) for x, y in parts)
+    def mean(work):
+        return sum(work(part.to(device), targets.to(device)) * (len(part) / args.windows) for part, targets in zip(x.split(size), y.split(size)))
 
     print(f"h[{c.loop_start}:{c.loop_end}] x {N} ({c.residual}), {args.windows} windows of {T} tokens")
     if args.exit:

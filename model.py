@@ -277,19 +277,20 @@ class GPT(nn.Module):
     def settle(self, idx, cache, exit_kl, n_loop=None):
         """forward for one token of each sequence, idx (B, 1), that loops only until its prediction has settled.
 
-        A token leaves after loop n >= 2 if KL(p(n) || p(n-1)) < exit_kl, in nats. Later tokens find at the loops it
-        skipped what it left with. Returns its logits (B, 1, V) and how many loops it took (B,).
+        A token leaves after loop n >= 2 if KL(p(n) || p(n-1)) < exit_kl, in nats. At the loops it skipped, later tokens
+        find the keys and values of its last. Returns its logits (B, 1, V) and how many loops it took (B,).
         """
         loops, going = torch.zeros_like(idx[:, 0]), torch.ones_like(idx[:, 0], dtype=torch.bool)
         for n, y in enumerate(self.states(idx, n_loop, cache), start=1):
-            x = y if n == 1 else torch.where(going[:, None, None], y, x)  # who left stays as it was
-            logits = self.readout(x, cache=cache)[0]  # blocks after the loop overwrite their entries: the last prediction's stay
-            before, now = now if n > 1 else None, logits.float().log_softmax(-1)
+            x = y if n == 1 else torch.where(going[:, None, None], y, x)  # of a batch, those that left stay as they were
+            logits = self.readout(x, cache=cache)[0]  # the blocks after the loop overwrite their entries, so the last x's remain
+            p = logits.float().log_softmax(-1)
             loops += going
             if n > 1:
-                going = going & (F.kl_div(before, now, reduction="none", log_target=True).sum((1, 2)) >= exit_kl)
+                going &= F.kl_div(before, p, reduction="none", log_target=True).sum((1, 2)) >= exit_kl
                 if not going.any():
                     break
+            before = p
         c = self.config
         cache.fill(loops, c.n_loop if n_loop is None else n_loop, range(c.loop_start, c.loop_end))
         return logits, loops
@@ -414,11 +415,9 @@ class GPT(nn.Module):
         if layers is not None:
             if not layers or not set(layers) <= set(range(n_layer)):
                 raise ValueError(f"init_layers={','.join(map(str, layers))} must name blocks of {path}, which has 0 to {n_layer - 1}")
-            blocks = [{name: t for name, t in tensors.items() if name.startswith(f"h.{layer}.")} for layer in layers]
-            tensors = {name: t for name, t in tensors.items() if not name.startswith("h.")}
-            for i, (layer, block) in enumerate(zip(layers, blocks)):
-                tensors |= {f"h.{i}." + name.removeprefix(f"h.{layer}."): t for name, t in block.items()}
             n_layer = len(layers)
+            taken = {f"h.{i}.{name.split('.', 2)[2]}": t for i, layer in enumerate(layers) for name, t in tensors.items() if name.startswith(f"h.{layer}.")}
+            tensors = {name: t for name, t in tensors.items() if not name.startswith("h.")} | taken
         sizes = dict(vocab_size=vocab_size, n_embd=n_embd, bias="ln_f.bias" in tensors, n_layer=n_layer)
         for key in sizes.keys() & overrides.keys():
             if overrides[key] != sizes[key]:
