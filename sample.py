@@ -48,7 +48,7 @@ def read_flags():
     parser.add_argument("--n_loop", type=positive, help="how often to loop (default: as often as in training)")
     parser.add_argument("--exit_kl", type=not_negative, help="stop looping for a token as soon as the KL divergence of its prediction "
                         "from the previous loop's is smaller, in nats; prompts and full contexts take all loops (default: never)")
-    parser.add_argument("--show_loops", action="store_true", help="then show the best guess for each token, and its probability, after each loop; "
+    parser.add_argument("--show_loops", action="store_true", help="show, below the text, the best guess for each token and its probability after each loop; "
                         "a sample ends with the model's context")
     parser.add_argument("--plot", metavar="FILE.png", help="draw that, of the last sample")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -66,7 +66,7 @@ def guesses(model, idx, n_loop=None):
     """The best guess for each token of idx (1, T + 1) but the first, after each loop, and its probability: (N, T) each."""
     logits = [model.readout(x, idx[:, 1:])[0][0] for x in model.states(idx[:, :-1], n_loop)]
     probability, guess = torch.stack(logits).float().softmax(-1).max(-1)
-    return guess, probability
+    return guess.cpu(), probability.cpu()
 
 
 def reached(guess):
@@ -76,7 +76,10 @@ def reached(guess):
 
 
 def show_loops(names, guess, probability):
-    """A line for each token: what came (the first of names (1 + N, T)), and what each loop guessed, in colour where it was the last's for the first time."""
+    """A line for each token: what came, and what each loop guessed, in colour where it was the last's for the first time.
+
+    names (1 + N, T): the token as text, then the guesses.
+    """
     first, settled = reached(guess)
     print("\n" + " " * 10 + "".join(f"{f'loop {n}':>14}" for n in range(1, len(guess) + 1)))
     for t, (token, *row) in enumerate(zip(*names)):
@@ -144,7 +147,7 @@ def main():
     if args.show_loops or args.plot:
         room = min(room, model.config.block_size + 1 - len(ids))
 
-    def name(token):
+    def text_of(token):
         return repr(tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace"))[:9]
 
     torch.manual_seed(args.seed)
@@ -161,9 +164,9 @@ def main():
         thought = "" if args.exit_kl is None else f", {torch.cat(loops).float().mean():.2f} loops a token"
         print(f"({len(new)} tokens, {len(new) / (time.time() - began):,.0f} a second{thought})", file=sys.stderr)
         if args.show_loops or args.plot:
-            text = torch.cat((idx, *new), dim=1)
-            guess, probability = guesses(model, text, args.n_loop)
-            names = [[name(token) for token in row] for row in (text[0, 1:].tolist(), *guess.tolist())]
+            whole = torch.cat((idx, *new), dim=1)
+            guess, probability = guesses(model, whole, args.n_loop)
+            names = [[text_of(token) for token in row] for row in (whole[0, 1:].tolist(), *guess.tolist())]
             if args.show_loops:
                 show_loops(names, guess, probability)
             if args.plot:
