@@ -1,9 +1,11 @@
 """
-What a model costs, and what it learns. The project's figures of speed, memory and comparisons come from here.
+What a model costs, what it learns, and what its loops bring. The project's figures of speed, memory and loss come from here.
 
     python bench.py                                       the paper's four models; on a CPU the same four, small
     python bench.py speed --preset=gpt2-81m-loop          one of them, or any other by train.py's flags
     python bench.py speed --n_layer=36 --n_embd=768 --n_head=12 --checkpoint_loops
+    python bench.py loops                                 what each loop of out/ckpt.pt brings, and longer thinking
+    python bench.py loops --exit --plot=exit.png          what leaving the loop early costs and saves
 
     python bench.py compare                               the paper's pairs of models, trained side by side: one table
     python bench.py compare --what=residual               the readings of its equation; --what=loops: 1 to 8 loops
@@ -41,11 +43,14 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
-from model import GPT, GPTConfig, OPTIMIZERS, RESIDUALS, pick_device
+from model import GPT, GPTConfig, KVCache, OPTIMIZERS, RESIDUALS, load_checkpoint, pick_device
 from prepare import get_tokenizer, load_data, one_line_errors, run
-from train import PRESETS, TrainConfig, peak_flops, prepare_device, read_flags, train_step
+from sample import positive, pyplot
+from train import PRESETS, TrainConfig, peak_flops, prepare_device, read_flags, train_step, windows
 
 # the paper's models in the order of their cost; and the same depths, but of bytes and narrow, for a CPU
 ROWS = {name: [f"--preset={name}"] for name in ("gpt2-45m", "gpt2-45m-loop", "gpt2-81m-loop", "gpt2-124m")}
@@ -157,6 +162,100 @@ def speed():
         print(f"{name:<15} {r['parameters'] / 1e6:7.2f}M {r['depth']:5} {r['flops'] / 1e6:12,.1f} {r['cold']:6.1f}s {r['step'] * 1e3:8,.1f} {rate:10,.0f} "
               f"{rate * r['flops'] / 1e12:8.2f} {rate * r['flops'] / r['peak']:5.0%} {r['memory'] / 1e6:6,.0f}MB {r['first'] * 1e3:7,.0f}ms "
               f"{r['decode']:6,.0f}/s {1 / (rate * first):5.2f}x", flush=True)
+
+
+# ---- what the loops bring ----
+
+THRESHOLDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of --exit_kl, in nats
+
+
+def per_loop(model, x, y, n_loop, final):
+    """Of each loop of a pass over x (B, T), targets y (B, T), (n_loop, 5): loss and KL(final || p(n)) in nats, norm of the state and of
+    its update, share of top choices that are those of final (B * T, V), log-probabilities."""
+    rows, inputs = [], []
+    hook = model.h[model.config.loop_start].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))  # x(n-1)
+    for state in model.states(x, n_loop):
+        logits, loss = model.readout(state, y)
+        p = logits.flatten(0, 1).log_softmax(-1)
+        rows.append(torch.stack((loss, F.kl_div(p, final, reduction="batchmean", log_target=True), state.norm(dim=-1).mean(),
+                                 (state - inputs[-1]).norm(dim=-1).mean(), (p.argmax(-1) == final.argmax(-1)).float().mean())))
+    hook.remove()
+    return torch.stack(rows).cpu()
+
+
+def leaving_early(model, x, y, exit_kl):
+    """(loss, mean loops a token) over windows x (B, T) read token by token, each by the rule of GPT.settle but the first, a prompt."""
+    cache, losses, loops = KVCache(x.size(1), x.device), [], []
+    for t in range(x.size(1)):
+        if t == 0:
+            logits, took = model(x[:, :1], cache=cache)[0], torch.full_like(x[:, 0], model.config.n_loop)
+        else:
+            logits, took = model.settle(x[:, t:t + 1], cache, exit_kl)
+        cache.advance(1)
+        losses.append(F.cross_entropy(logits[:, 0], y[:, t]))
+        loops.append(took.float().mean())
+    return torch.stack((torch.stack(losses).mean(), torch.stack(loops).mean())).cpu()
+
+
+@torch.no_grad()
+def loops():
+    """What each loop brings; with --exit, what it brings to leave the loop early."""
+    parser = one_line_errors(argparse.ArgumentParser("bench.py loops", description=loops.__doc__, allow_abbrev=False))
+    parser.add_argument("--checkpoint", default="out/ckpt.pt", help="a model of train.py (default: %(default)s)")
+    parser.add_argument("--data_dir", default="data", help="what prepare.py wrote (default: %(default)s)")
+    parser.add_argument("--windows", type=positive, default=64, help="contexts to read, spread over the validation split (default: %(default)s)")
+    parser.add_argument("--exit", action="store_true", help="compare tokens that leave early with all tokens looping as often as those do on average")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw that comparison")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: %(default)s)")
+    args = parser.parse_args()
+    if args.plot and not args.exit:
+        parser.error("--plot draws what --exit measures; give both")
+    plt, device = pyplot() if args.plot else None, pick_device(args.device)
+    model, _ = load_checkpoint(args.checkpoint, device)
+    _, data, meta = load_data(args.data_dir)
+    c, N, T = model.eval().config, model.config.n_loop, model.config.block_size
+    if meta["vocab_size"] != c.vocab_size or len(data) <= T:
+        raise ValueError(f"{args.data_dir} has {len(data)} tokens of {meta['vocab_size']} to validate with, the model sees {T} of {c.vocab_size}; "
+                         "give the --data_dir that it was trained on")
+    x, y = windows(data, np.linspace(0, len(data) - 1 - T, args.windows).astype(int), T)
+    size = max(1, 2 ** 22 // (T * c.vocab_size))  # windows at once, by what their logits need
+
+    def mean(work):
+        return sum(work(part.to(device), targets.to(device)) * (len(part) / args.windows) for part, targets in zip(x.split(size), y.split(size)))
+
+    print(f"h[{c.loop_start}:{c.loop_end}] x {N} ({c.residual}), {args.windows} windows of {T} tokens")
+    if args.exit:
+        fixed = [mean(lambda x, y: model(x, y, n)[1]).item() for n in range(1, N + 1)]
+        print("loops of all tokens, val loss: " + ", ".join(f"{n} {loss:.4f}" for n, loss in enumerate(fixed, start=1)))
+        print(f"{'exit_kl':>7} {'loops a token':>13} {'val loss':>8} {'of that many':>12} {'gain':>7}")
+        curve = []
+        for exit_kl in THRESHOLDS:
+            loss, took = mean(lambda x, y: leaving_early(model, x, y, exit_kl)).tolist()
+            curve.append((took, loss))
+            line = np.interp(took, range(1, N + 1), fixed)
+            print(f"{exit_kl:7} {took:13.2f} {loss:8.4f} {line:12.4f} {line - loss:+7.4f}", flush=True)
+        if plt:
+            figure, axes = plt.subplots(layout="constrained")
+            axes.plot(range(1, N + 1), fixed, "o-", label="all tokens loop as often")
+            axes.plot(*zip(*curve), "s-", label="each until it has settled (--exit_kl)")
+            axes.set(xlabel="mean loops a token", ylabel="validation loss, nats")
+            axes.legend()
+            figure.savefig(args.plot, dpi=120)
+        return
+
+    def table(title, rows):
+        print(f"{title}\n{'loop':>4} {'val loss':>8} {'bits/byte':>9} {'KL':>7} {'|x|':>8} {'|update|':>8} {'as final':>8}")
+        for n, (loss, kl, norm, update, same) in enumerate(rows.tolist(), start=1):
+            print(f"{n:4} {loss:8.4f} {loss / math.log(2) * meta['val']['tokens'] / meta['val']['bytes']:9.3f} {kl:7.4f} {norm:8.2f} {update:8.2f} {same:8.1%}")
+
+    def final(x):
+        return model(x, x)[0].flatten(0, 1).log_softmax(-1)
+    if c.residual in ("mean", "scaled"):  # a loop depends on how many there are
+        table(f"a pass of {N} loops, after each:", mean(lambda x, y: per_loop(model, x, y, N, final(x))))
+        rows = mean(lambda x, y: torch.stack([per_loop(model, x, y, n, final(x))[-1] for n in range(1, 2 * N + 1)]))
+    else:
+        rows = mean(lambda x, y: per_loop(model, x, y, 2 * N, final(x)))
+    table(f"passes of 1 to {2 * N} loops, at their end; final is still what {N} say:", rows)
 
 
 # ---- compare ----
@@ -334,7 +433,7 @@ def plot(runs, path):
     print(f"results in {path.with_suffix('.json')} and {path}")
 
 
-COMMANDS = {"speed": speed, "compare": compare, "measure": measure}
+COMMANDS = {"speed": speed, "loops": loops, "compare": compare, "measure": measure}
 
 
 def main():

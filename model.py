@@ -103,6 +103,14 @@ class KVCache:
         held[:, :, :, self.length:end] = kv
         return held[:, :, :, :end], None
 
+    def fill(self, loops, N, blocks):
+        """Where the newest token left after loops (B,) of N, its keys and values at the loops it skipped are those of its last."""
+        for n in range(int(loops.min()), N):
+            left = (loops <= n)[:, None, None]
+            for i in blocks:
+                last, held = self.entries[n - 1, i][:, :, :, self.length], self.entries[n, i][:, :, :, self.length]  # (2, B, nh, hs)
+                held.copy_(torch.where(left, last, held))
+
 
 def linear(x, weight, bias=None):
     """F.linear, x (B, T, I) and weight (O, I) -> (B, T, O), but for a few tokens on a CPU as a batch of products.
@@ -266,6 +274,27 @@ class GPT(nn.Module):
         """The loss had the model stopped after loop 1, 2, ... N, in nats: (N,). The last one is forward's."""
         return torch.stack([self.readout(x, targets)[1] for x in self.states(idx, n_loop)])
 
+    def settle(self, idx, cache, exit_kl, n_loop=None):
+        """forward for one token of each sequence, idx (B, 1), that loops only until its prediction has settled.
+
+        A token leaves after loop n >= 2 if KL(p(n) || p(n-1)) < exit_kl, in nats. At the loops it skipped, later tokens
+        find the keys and values of its last. Returns its logits (B, 1, V) and how many loops it took (B,).
+        """
+        loops, going = torch.zeros_like(idx[:, 0]), torch.ones_like(idx[:, 0], dtype=torch.bool)
+        for n, y in enumerate(self.states(idx, n_loop, cache), start=1):
+            x = y if n == 1 else torch.where(going[:, None, None], y, x)  # of a batch, those that left stay as they were
+            logits = self.readout(x, cache=cache)[0]  # the blocks after the loop overwrite their entries, so the last x's remain
+            p = logits.float().log_softmax(-1)
+            loops += going
+            if n > 1:
+                going &= F.kl_div(before, p, reduction="none", log_target=True).sum((1, 2)) >= exit_kl
+                if not going.any():
+                    break
+            before = p
+        c = self.config
+        cache.fill(loops, c.n_loop if n_loop is None else n_loop, range(c.loop_start, c.loop_end))
+        return logits, loops
+
     def compile_parts(self, **options):
         """torch.compile for a block and for the head, which is nearly all there is.
 
@@ -283,13 +312,15 @@ class GPT(nn.Module):
     # ---- from tokens to more tokens ----
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None, exit_kl=None, loops=None):
         """Continue idx (B, T >= 1) and yield each new token as it is drawn, (B, 1).
 
         temperature 0 takes the likeliest token; top_k draws among the k likeliest. The context is the last
         block_size tokens. As long as all fit, a new token costs one position. Beyond that the window slides:
         GPT-2's positions are absolute, so each token in it changes place, no key or value can be kept, and a
         token costs the whole window, as it would without a cache. Call eval() first if the model has dropout.
+        With exit_kl each token loops until it has settled, except where many positions are computed at once: the
+        prompt, and the sliding window, go through all loops. A list `loops` is given how many each token took, (B,).
         """
         cache, new = KVCache(self.config.block_size, idx.device, fixed_shapes=self.decode is not None), idx
         for _ in range(max_new_tokens):
@@ -297,7 +328,14 @@ class GPT(nn.Module):
                 cache, new = None, idx[:, -self.config.block_size:]
             compiled = self.decode is not None and cache is not None and cache.length > 0
             with torch.compiler.set_stance("default" if compiled else "force_eager"):  # lengths change all the time
-                logits = (self.decode if compiled else self)(new, n_loop=n_loop, cache=cache)[0][:, -1].float()  # (B, V)
+                if exit_kl is not None and cache is not None and cache.length > 0:
+                    logits, took = self.settle(new, cache, exit_kl, n_loop)
+                else:
+                    logits, _ = (self.decode if compiled else self)(new, n_loop=n_loop, cache=cache)
+                    took = torch.full_like(idx[:, 0], self.config.n_loop if n_loop is None else n_loop)
+            logits = logits[:, -1].float()  # (B, V)
+            if loops is not None:
+                loops.append(took)
             if cache is not None:
                 cache.advance(new.size(1))
             if temperature == 0:
@@ -310,9 +348,9 @@ class GPT(nn.Module):
             idx = torch.cat((idx, new), dim=1)
             yield new
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None, exit_kl=None):
         """idx (B, T) -> (B, T + max_new_tokens); see stream."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, n_loop)], dim=1)
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, n_loop, exit_kl)], dim=1)
 
     # ---- what training needs ----
 
@@ -351,12 +389,13 @@ class GPT(nn.Module):
     # ---- weights from elsewhere ----
 
     @classmethod
-    def from_pretrained(cls, name_or_path, **overrides):
+    def from_pretrained(cls, name_or_path, layers=None, **overrides):
         """OpenAI's GPT-2, by name (downloaded once) or as the path of a model.safetensors.
 
-        The file says all sizes but the number of heads, which are 64 wide unless n_head is given. overrides
-        are GPTConfig's fields: any loop layout, dropout, or a shorter block_size. Raises ValueError for a file
-        that is damaged or not a GPT-2 and for overrides that contradict it, OSError if it cannot be had.
+        The file says all sizes but the number of heads, which are 64 wide unless n_head is given. layers are the
+        numbers of the blocks to take, [0, 2, 4] makes three; None takes all. overrides are GPTConfig's fields:
+        any loop layout, dropout, or a shorter block_size. Raises ValueError for a file that is damaged or not a
+        GPT-2 and for layers or overrides that contradict it, OSError if it cannot be had.
         """
         if name_or_path in GPT2_WEIGHTS:
             from prepare import download  # here, so that a fork can take model.py alone
@@ -372,8 +411,14 @@ class GPT(nn.Module):
             block_size, _ = tensors["wpe.weight"].shape
         except (KeyError, ValueError):
             raise ValueError(f"{path}: not a GPT-2, it lacks a matrix wte.weight or wpe.weight") from None
-        sizes = dict(vocab_size=vocab_size, n_embd=n_embd, bias="ln_f.bias" in tensors,
-                     n_layer=len({name.split(".")[1] for name in tensors if name.startswith("h.")}))
+        n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+        if layers is not None:
+            if not layers or not set(layers) <= set(range(n_layer)):
+                raise ValueError(f"init_layers={','.join(map(str, layers))} must name blocks of {path}, which has 0 to {n_layer - 1}")
+            n_layer = len(layers)
+            taken = {f"h.{i}.{name.split('.', 2)[2]}": t for i, layer in enumerate(layers) for name, t in tensors.items() if name.startswith(f"h.{layer}.")}
+            tensors = {name: t for name, t in tensors.items() if not name.startswith("h.")} | taken
+        sizes = dict(vocab_size=vocab_size, n_embd=n_embd, bias="ln_f.bias" in tensors, n_layer=n_layer)
         for key in sizes.keys() & overrides.keys():
             if overrides[key] != sizes[key]:
                 raise ValueError(f"{key}={overrides[key]} contradicts {path}, which has {key}={sizes[key]}")

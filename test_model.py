@@ -1,11 +1,12 @@
 """
 What is true of this project, in the order in which data flows through it. Run it with
 
-    pip install -r requirements.txt pytest transformers && pytest
+    pip install -r requirements.txt pytest transformers matplotlib && pytest
 
 GPT-2's vocabulary is taken from $TIKTOKEN_CACHE_DIR or the network; without either, the tests of it say so and
 are skipped. Nothing else is downloaded: what would be comes from a server on this machine.
 """
+import copy
 import csv
 import gzip
 import hashlib
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,6 +38,7 @@ import tiktoken
 import torch
 from torch.nn import functional as F
 
+import bench
 import model as model_file
 import prepare
 import sample
@@ -636,6 +639,88 @@ def test_a_few_tokens_are_multiplied_as_many_are():
                 torch.testing.assert_close(model_file.linear(x, weight, b), F.linear(x, weight, b))
 
 
+def settled_by_hand(model, idx, depths, n_loop, exit_kl):
+    """The rule without a cache: the next token's logits (V,) after idx (T,), and after how many loops its last position leaves.
+
+    depths (T - 1) is how many loops the positions before it took.
+    """
+    c, T = model.config, len(idx)
+    depths, states, held = torch.tensor([*depths, n_loop]), [], {}
+    scale = 1 / n_loop if c.residual == "scaled" else 1.0
+
+    def block(i, x, scale, n=0):
+        q, k, v = (part.view(T, c.n_head, -1).transpose(0, 1) for part in model.h[i].attn.c_attn(model.h[i].ln_1(x)).split(c.n_embd, dim=-1))
+        if n > 0:  # who has left shows the keys and values of its last loop
+            left = (depths <= n)[None, :, None]
+            k, v = torch.where(left, held[i][0], k), torch.where(left, held[i][1], v)
+        held[i] = k, v
+        scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        x = x + scale * model.h[i].attn.c_proj((scores.softmax(-1) @ v).transpose(0, 1).reshape(T, -1))
+        return x + scale * model.h[i].mlp(model.h[i].ln_2(x))
+
+    x = model.wte.weight[idx] + model.wpe.weight[:T]
+    for i in range(c.loop_start):
+        x = block(i, x, 1.0)
+    for n in range(n_loop):
+        y = x
+        for i in range(c.loop_start, c.loop_end):
+            y = block(i, y, scale, n)
+        y = {"sum": y, "scaled": y, "outer": x + y, "mean": x + (y - x) / n_loop}[c.residual]
+        x = torch.where((depths > n)[:, None], y, x)  # who has left stays as it was
+        states.append(x)
+    before = None
+    for n in range(1, n_loop + 1):
+        x = torch.cat((states[-1][:-1], states[n - 1][-1:]))  # those before as they left, the last as it is after loop n
+        for i in range(c.loop_end, c.n_layer):
+            x = block(i, x, 1.0)
+        logits = model.ln_f(x[-1]) @ model.wte.weight.T
+        p = logits.softmax(-1)
+        if n == n_loop or (n > 1 and (p * (p / before).log()).sum() < exit_kl):
+            return logits, n
+        before = p
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_token_that_leaves_early_is_as_without_a_cache(residual, layout):
+    model, together = small(n_loop=4, loop_start=layout[0], loop_end=layout[1], residual=residual), []
+    prompt = torch.randint(50, (3, 4), generator=torch.Generator().manual_seed(2))
+    predictions = torch.stack([model.readout(x, prompt)[0].log_softmax(-1) for x in model.states(prompt)])
+    middle = F.kl_div(predictions[:-1], predictions[1:], reduction="none", log_target=True).sum(-1)[1].median().item()  # after loop 3
+    for n_loop, exit_kl in [(None, middle), (6, middle), (2, math.inf), (1, math.inf)]:
+        N, seen = n_loop or 4, []
+        idx = torch.cat([prompt, *model.stream(prompt, 15, 2.0, n_loop=n_loop, exit_kl=exit_kl, loops=seen)], dim=1)
+        depths = torch.cat((torch.full((3, 3), N), torch.stack(seen, dim=1)), dim=1)  # of all positions but the last
+        cache = model_file.KVCache(16, "cpu")
+        model(prompt, n_loop=n_loop, cache=cache)
+        for T in range(5, 17):
+            cache.advance(4 if T == 5 else 1)
+            logits, took = model.settle(idx[:, T - 1:T], cache, exit_kl, n_loop)
+            expected = [settled_by_hand(model, *row, N, exit_kl) for row in zip(idx[:, :T], depths[:, :T - 1].tolist())]
+            torch.testing.assert_close(logits[:, 0], torch.stack([logits for logits, _ in expected]))
+            assert took.tolist() == depths[:, T - 1].tolist() == [n for _, n in expected]
+            together.append(took.unique().numel())
+        assert (depths[:, :4] == N).all() and (depths[:, 16:] == N).all()  # the prompt, and the window that slides
+    assert max(together) > 1  # some left while others of their batch went on
+    assert torch.equal(model.generate(prompt, 20, temperature=0, exit_kl=0.0), model.generate(prompt, 20, temperature=0))
+    tokens = model.generate(prompt, 6, temperature=0, exit_kl=middle)
+    for row in range(3):  # greedy text, alone
+        idx, depths = prompt[row], [4, 4, 4]
+        for _ in range(6):
+            logits, took = settled_by_hand(model, idx, depths, 4, middle if len(idx) > 4 else -math.inf)
+            idx, depths = torch.cat((idx, logits.argmax(-1, keepdim=True))), [*depths, took]
+        assert torch.equal(tokens[row], idx)
+
+
+def test_a_token_that_leaves_early_costs_the_loops_it_took():
+    model, calls, seen = small(n_loop=4), [], []
+    model.h[0].register_forward_pre_hook(lambda block, args: calls.append(args[0].size(1)))
+    for _ in model.stream(torch.zeros(1, 5, dtype=torch.long), 10, exit_kl=math.inf, loops=seen):
+        pass
+    assert torch.cat(seen).tolist() == [4] + [2] * 9 and calls == [5] * 4 + [1] * 18  # two predictions, to see that they agree
+
+
 def test_sampling_follows_the_model_s_distribution():
     model = small(n_loop=2)
     prompt = torch.zeros(20_000, 1, dtype=torch.long)
@@ -734,6 +819,32 @@ def test_gpt2_equals_hugging_face_in_every_layout(hugging_face):
         short = GPT.from_pretrained(path, block_size=10)
         assert (short(idx[:, :10], idx[:, :10])[0] - expected[:, :10]).abs().max() < 1e-4
     assert [GPT.from_pretrained(path, **heads).config.n_head for heads in ({}, {"n_head": 4})] == [2, 4]
+
+
+def test_blocks_start_from_the_pretrained_ones_that_are_named(hugging_face):
+    theirs, path = hugging_face
+    idx, model = torch.randint(300, (2, 64)), copy.deepcopy(theirs)
+    for layers in ([0, 1, 2], [2, 0], [1], [0, 2, 2, 1]):
+        model.transformer.h = torch.nn.ModuleList(copy.deepcopy(theirs.transformer.h[i]) for i in layers)
+        ours = GPT.from_pretrained(path, layers, n_loop=3)
+        assert ours.config.n_layer == ours.config.loop_end == len(layers)
+        with torch.no_grad():
+            assert (ours(idx, idx, n_loop=1)[0] - model(idx, use_cache=False).logits).abs().max() < 1e-4
+    for layers in ([], [3], [-1], [0, 7]):
+        with pytest.raises(ValueError, match="init_layers=.*which has 0 to 2"):
+            GPT.from_pretrained(path, layers)
+    with pytest.raises(ValueError, match="n_layer=3 contradicts"):
+        GPT.from_pretrained(path, [0, 1], n_layer=3)
+
+
+@torch.no_grad()
+def test_mean_and_scaled_start_near_the_function_they_loop():
+    idx, moved = torch.randint(50, (2, 16)), {}
+    for residual in RESIDUALS:
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(16, 50, 3, 2, 32, n_loop=4, residual=residual)).double()  # blocks that change little, as pretrained ones do
+        moved[residual] = (model(idx, idx)[0] - model(idx, idx, n_loop=1)[0]).abs().mean()
+    assert max(moved["mean"], moved["scaled"]) < 0.1 * moved["sum"]
 
 
 def test_gpt2_by_name_is_downloaded_and_checked(hugging_face, served, monkeypatch, tmp_path):
@@ -865,6 +976,39 @@ def test_batches_depend_on_seed_and_step_alone():
     assert starts.min() == 0 and starts.max() == 1000 - 8 - 1  # every window can come
 
 
+def test_the_drawn_depth_depends_on_seed_and_step_alone():
+    config = TrainConfig(n_loop=6, n_loop_min=3)
+    draws = [train.get_n_loop(config, step) for step in range(4000)]
+    assert draws == [train.get_n_loop(config, step) for step in range(4000)]
+    assert draws != [train.get_n_loop(TrainConfig(n_loop=6, n_loop_min=3, seed=1), step) for step in range(4000)]
+    assert sorted(set(draws)) == [3, 4, 5, 6] and all(abs(draws.count(n) - 1000) < 100 for n in set(draws))
+    assert {train.get_n_loop(TrainConfig(n_loop=6), step) for step in range(100)} == {6}
+    idx = torch.randint(50, (4, 16))
+    for n_loop in (1, 3):  # and it is the depth of the step
+        model, expected = small(n_loop=6), small(n_loop=n_loop)
+        loss, norm = train.train_step(model, [], idx, idx, TrainConfig(batch_size=2, grad_clip=0.0), nullcontext(), n_loop)
+        expected(idx, idx)[1].backward()
+        torch.testing.assert_close(loss, expected(idx, idx)[1], check_dtype=False)
+        torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in expected.parameters()])
+
+
+def test_a_drawn_depth_compiles_nothing_again():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+    for residual in RESIDUALS:
+        torch._dynamo.reset()
+        model, idx = small(n_loop=6, residual=residual), torch.randint(50, (2, 16))
+        model.compile_parts(backend=backend)
+        model(idx, idx, n_loop=2)
+        first = len(compiled)
+        for n_loop in (1, 6, 4):
+            model(idx, idx, n_loop=n_loop)[1].backward()
+        assert len(compiled) == first > 0
+
+
 def test_the_schedule_warms_up_and_decays():
     config = TrainConfig(max_steps=1000, warmup_steps=100, learning_rate=1.0, min_lr=0.2)
     rates = [get_lr(config, step) for step in range(1001)]
@@ -881,7 +1025,7 @@ def test_flags_win_over_presets(monkeypatch):
     assert config.batch_size * config.gradient_accumulation_steps * config.block_size == 491_520  # nanoGPT's half a million
 
 
-TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--n_loop=2", "--block_size=16", "--batch_size=4", "--max_steps=300", "--warmup_steps=10",
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--n_loop=2", "--n_loop_min=1", "--block_size=16", "--batch_size=4", "--max_steps=300", "--warmup_steps=10",
         "--eval_interval=40", "--eval_iters=3", "--log_interval=5", "--dropout=0.1"]
 
 
@@ -1006,6 +1150,8 @@ def test_flags_that_cannot_work_are_refused(tiny_data, whole_run, tmp_path, monk
             (["--n_lop=6"], "unrecognized arguments: --n_lop=6"), (["--n_loop=six"], "invalid int value"), (["--residual=product"], "invalid choice"),
             (["--n_embd=30", "--n_head=4"], "n_embd=30 must be a multiple of n_head=4"), (["--loop_start=1"], "loop_start=1"),
             (["--n_layer=2", "--loop_end=3"], "loop_end=3"), (["--loop_start=-1"], "loop_start=-1"), (["--n_loop=0"], "n_loop=0 must be at least 1"),
+            (["--n_loop=2", "--n_loop_min=3"], "--n_loop_min=3 must be from 1 to --n_loop=2"), (["--n_loop_min=0"], "--n_loop_min=0"),
+            (["--init_layers=0,2"], "with --init_from"), (["--init_from=gpt2", "--init_layers=0-2"], "--init_layers=0-2"),
             (["--batch_size=0"], "--batch_size=0"), (["--learning_rate=nan"], "--learning_rate=nan"), (["--dropout=1"], "dropout=1"),
             (["--preset=gpt3"], "invalid choice"), (["--preset=gpt2-45m"], "run python prepare.py --tokenizer=gpt2"),
             (["--init_from=nowhere"], "no file nowhere"), (["--device=quantum"], "use --device=cpu"),
@@ -1037,6 +1183,9 @@ def test_training_starts_from_pretrained_weights(hugging_face, tmp_path):
     assert json.loads(out.splitlines()[-1])["val_loss"] == pytest.approx(expected.item(), rel=1e-2)
     out = finish("train.py", f"--init_from={path}", "--max_steps=2", "--n_loop=2", "--loop_start=1", "--loop_end=2", cwd=tmp_path)
     assert json.loads(out.splitlines()[-1])["params"] == sum(p.numel() for p in theirs.parameters())
+    finish("train.py", f"--init_from={path}", "--max_steps=0", "--init_layers=2,0", "--eval_iters=1", cwd=tmp_path)
+    taken = load_checkpoint(tmp_path / "out" / "ckpt.pt")[0].h
+    assert len(taken) == 2 and torch.equal(taken[0].attn.c_attn.weight, theirs.transformer.h[2].attn.c_attn.weight.T)
 
 
 # ---- sample.py ----
@@ -1063,8 +1212,41 @@ def test_prompts_that_cannot_work_are_refused(tiny_data, whole_run, monkeypatch,
     monkeypatch.chdir(tiny_data)
     for args, message in [(["--prompt=" + "x" * 17], "the prompt has 17 tokens and the model sees 16"), (["--prompt_file=none.txt"], "none.txt"),
                           (["--prompt_file=whole/ckpt.pt"], "not text in UTF-8"), (["--n_loop=0"], "--n_loop"), (["--top_k=0"], "--top_k"),
-                          (["--temperature=-1"], "--temperature"), (["--prompt=a", "--prompt_file=b"], "not allowed with"), (["--what"], "unrecognized")]:
+                          (["--temperature=-1"], "--temperature"), (["--exit_kl=-1"], "--exit_kl"), (["--exit_kl=1", "--show_loops"], "leave out --exit_kl"), (["--prompt=a", "--prompt_file=b"], "not allowed with"), (["--what"], "unrecognized")]:
         assert message in mistake(sample.main, "--checkpoint=whole/ckpt.pt", *args, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@torch.no_grad()
+def test_guesses_are_the_best_of_each_loop():
+    model, idx = small(n_loop=3, loop_start=1, loop_end=2), torch.randint(50, (1, 17))
+    guess, probability = sample.guesses(model, idx, n_loop=4)
+    expected = torch.stack(by_hand(model, idx[:, :-1], 4)).softmax(-1)[:, 0]
+    assert torch.equal(guess, expected.argmax(-1))
+    torch.testing.assert_close(probability, expected.max(-1).values.float())
+    first, settled = sample.reached(torch.tensor([[1, 7, 5], [2, 7, 6], [1, 7, 5], [1, 7, 6]]))  # 4 loops, 3 tokens
+    assert first.tolist() == [0, 0, 1] and settled.tolist() == [1, 1, 2, 3]
+
+
+def test_the_loops_are_shown(tiny_data, whole_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tiny_data)
+    command = ["sample.py", "--checkpoint=whole/ckpt.pt", "--prompt=7 times", "--n_loop=4", "--max_new_tokens=100"]
+    shown, picture = [], tmp_path / "loops.png"
+    for terminal in (False, True):
+        monkeypatch.setattr(sys, "argv", [*command, "--show_loops", *([f"--plot={picture}"] if terminal else [])])
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+        sample.main()
+        shown.append(capsys.readouterr().out)
+    assert "\033" not in shown[0] and re.sub(r"\033\[[\d;]*m", "", shown[1]) == shown[0]
+    lines = shown[0].splitlines()[-18:]
+    assert shown[1].count("\033[1;32m") == 16 and "loop 4" in lines[0] and lines[1].startswith("' ' ")  # a context of 16, one guess for each
+    assert re.fullmatch(r"settled after each loop, of 16 tokens: \d+ \d+ \d+ 16", lines[-1])
+    assert all(len(re.findall(r" +\d+%", line)) == 4 for line in lines[1:-1])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert "pip install matplotlib" in mistake(sample.main, *command[1:], "--plot=no.png", monkeypatch=monkeypatch, capsys=capsys)
+    process = start(*command, "--exit_kl=0.01", cwd=tiny_data)
+    _, err = process.communicate(timeout=60)
+    assert re.search(r"\(100 tokens, [\d,]+ a second, [234]\.\d\d loops a token\)", err), err
 
 
 # ---- bench.py ----
@@ -1106,3 +1288,47 @@ def test_compare_goes_on_where_it_was_stopped(tiny_data, tmp_path):
     alone = finish("train.py", "--n_embd=64", "--n_head=2", "--n_layer=2", "--n_loop=3", "--learning_rate=8e-3", "--max_steps=30",
                    f"--data_dir={tiny_data / 'data'}", cwd=tmp_path)
     assert json.loads(alone.splitlines()[-1])["val_loss"] == models["2 x 3"]["mean"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_what_bench_says_of_loops_is_so(residual):
+    model, (x, y) = small(n_loop=3, loop_start=1, loop_end=2, residual=residual), torch.randint(50, (2, 2, 16))
+    final = by_hand(model, x, 3)[-1].flatten(0, 1).log_softmax(-1)
+    for n_loop in (3, 5):
+        state = model.h[0](model.wte.weight[x] + model.wpe.weight)
+        for row, logits, after in zip(bench.per_loop(model, x, y, n_loop, final), by_hand(model, x, n_loop), model.states(x, n_loop), strict=True):
+            p = logits.flatten(0, 1).softmax(-1)
+            expected = [F.nll_loss(p.log(), y.flatten()), (final.exp() * (final - p.log())).sum(-1).mean(), after.norm(dim=-1).mean(),
+                        (after - state).norm(dim=-1).mean(), (p.argmax(-1) == final.argmax(-1)).double().mean()]
+            torch.testing.assert_close(row.double(), torch.stack(expected), rtol=1e-6, atol=1e-6)
+            state = after
+    for exit_kl in (0.0, 0.05, math.inf):
+        losses, loops = [], []
+        for tokens, targets in zip(x, y):
+            depths = []
+            for t in range(16):
+                logits, n = settled_by_hand(model, tokens[:t + 1], depths, 3, exit_kl if t else -math.inf)  # the first is a prompt
+                depths.append(n)
+                losses.append(F.cross_entropy(logits, targets[t]))
+            loops += depths
+        expected = torch.tensor([torch.stack(losses).mean(), sum(loops) / 32])
+        torch.testing.assert_close(bench.leaving_early(model, x, y, exit_kl), expected, rtol=1e-6, atol=1e-6)
+    assert loops == [3] + [2] * 15 + [3] + [2] * 15
+
+
+def test_bench_loops_reports(tiny_data, whole_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tiny_data)
+    out = finish("bench.py", "loops", "--checkpoint=whole/ckpt.pt", "--windows=12", cwd=tiny_data)
+    rows = [line.split() for line in out.splitlines() if line.split()[0].isdigit()]
+    assert [row[0] for row in rows] == ["1", "2", "1", "2", "3", "4"]  # one pass of 2, then passes of up to 4 loops
+    assert rows[1] == rows[3] and rows[1][3] == "0.0000" and rows[1][-1] == "100.0%"
+    reported = json.loads(whole_run.splitlines()[-1])["loop_losses"]  # of the same windows
+    assert [float(row[1]) for row in rows[:2]] == pytest.approx(reported, abs=1e-4)
+    out = finish("bench.py", "loops", "--checkpoint=whole/ckpt.pt", "--exit", f"--plot={tmp_path / 'exit.png'}", cwd=tiny_data)
+    assert len(out.splitlines()) == 3 + len(bench.THRESHOLDS) and (tmp_path / "exit.png").read_bytes().startswith(b"\x89PNG")
+    for args, message in [(["loops", "--plot=a.png"], "give both"), (["loops", "--checkpoint=none"], "no checkpoint none"), (["lops"], "lops")]:
+        monkeypatch.setattr(sys, "argv", ["bench.py", *args])
+        with pytest.raises(SystemExit) as caught:
+            prepare.run(bench.main)
+        assert message in f"{caught.value.code} {capsys.readouterr().err}"

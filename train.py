@@ -58,12 +58,14 @@ class TrainConfig:
     out_dir: str = flag("out", "where ckpt.pt (the last), best.pt and log.csv go")
     resume: bool = flag(False, "go on with ckpt.pt of out_dir")
     init_from: str = flag("scratch", "or gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the path of a model.safetensors")
+    init_layers: str | None = flag(None, "with init_from: the pretrained block that each block starts from, such as 0,2,4,6,8,10; all if not given")
     # model
     n_layer: int = flag(1, "blocks")
     n_head: int = flag(3, "attention heads")
     n_embd: int = flag(96, "width")
     block_size: int = flag(256, "context, in tokens")
     n_loop: int = flag(1, "how often the looped blocks are applied")
+    n_loop_min: int | None = flag(None, "draw that anew at each step, from n_loop_min to n_loop, so that the model serves every depth")
     loop_start: int = flag(0, "the first looped block")
     loop_end: int | None = flag(None, "the block before which the loop ends; all the rest if not given")
     residual: str = flag("scaled", "how the paper's equation is read, see model.py", RESIDUALS)
@@ -98,6 +100,10 @@ class TrainConfig:
         for name in ("max_steps", "warmup_steps", "learning_rate", "weight_decay", "grad_clip", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name}={getattr(self, name)} must not be negative or infinite")
+        if self.init_layers is not None and self.init_from == "scratch":
+            raise ValueError("--init_layers says which pretrained blocks to take; say of which model with --init_from")
+        if self.n_loop_min is not None and not 1 <= self.n_loop_min <= self.n_loop:
+            raise ValueError(f"--n_loop_min={self.n_loop_min} must be from 1 to --n_loop={self.n_loop}")
 
 
 def read_flags(description=__doc__):
@@ -113,6 +119,12 @@ def read_flags(description=__doc__):
 
 # ---- batches, schedule, evaluation ----
 
+def windows(data, starts, T):
+    """The T tokens from each of the starts on, and the same one token later, (n, T) each."""
+    rows = torch.from_numpy(np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
 def get_batch(data, config, step, rank=0, world=1):
     """The sequences on which process `rank` trains at this step, and the same one token later, (n, T) each.
 
@@ -122,8 +134,13 @@ def get_batch(data, config, step, rank=0, world=1):
     T = config.block_size
     starts = np.random.default_rng((config.seed, step)).integers(
         len(data) - T, size=config.batch_size * config.gradient_accumulation_steps)[rank::world]
-    rows = torch.from_numpy(np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
+    return windows(data, starts, T)
+
+
+def get_n_loop(config, step):
+    """How often to loop at this step, on every process: n_loop, or with n_loop_min a draw that depends on seed and step alone."""
+    low = config.n_loop if config.n_loop_min is None else config.n_loop_min
+    return int(np.random.default_rng((config.seed, step, 1)).integers(low, config.n_loop, endpoint=True))
 
 
 def get_lr(config, step):
@@ -144,23 +161,25 @@ def evaluate(model, data, config, device, rank=0, world=1):
     total = torch.zeros(model.config.n_loop, dtype=torch.float64)
     model.eval()
     for i in range(0, len(starts), config.batch_size):
-        rows = np.stack([data[s:s + T + 1] for s in starts[i:i + config.batch_size]]).astype(np.int64)
-        rows = torch.from_numpy(rows).to(device)
-        total += len(rows) * model.loop_losses(rows[:, :-1], rows[:, 1:]).cpu()
+        x, y = (part.to(device) for part in windows(data, starts[i:i + config.batch_size], T))
+        total += len(x) * model.loop_losses(x, y).cpu()
     model.train()
     if world > 1:
         dist.all_reduce(total)
     return (total / count).tolist()
 
 
-def train_step(net, optimizers, x, y, config, autocast):
-    """One update on the sequences x, y (n, T), batch_size at a time: the loss and the gradient's norm, both () on the device."""
+def train_step(net, optimizers, x, y, config, autocast, n_loop=None):
+    """One update on the sequences x, y (n, T), batch_size at a time: the loss and the gradient's norm, both () on the device.
+
+    n_loop, if given, is the depth of this step.
+    """
     loss = torch.zeros((), device=x.device)
     for i in range(0, len(x), config.batch_size):
         micro_x, micro_y = x[i:i + config.batch_size], y[i:i + config.batch_size]
         net.require_backward_grad_sync = i + config.batch_size >= len(x)  # DDP: exchange gradients once a step
         with autocast:
-            part = net(micro_x, micro_y)[1] * (len(micro_x) / len(x))
+            part = net(micro_x, micro_y, n_loop)[1] * (len(micro_x) / len(x))
         part.backward()
         loss += part.detach()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip or math.inf)
@@ -218,7 +237,11 @@ def make_model(config, given, meta, resumed):
         vocabulary = {} if config.preset else {"vocab_size": meta["vocab_size"]}
         model = GPT(GPTConfig(**{name: getattr(config, name) for name in shape}, **vocabulary))
     else:
-        model = GPT.from_pretrained(config.init_from, **{name: given[name] for name in shape if name in given})
+        try:
+            layers = None if config.init_layers is None else [int(i) for i in config.init_layers.split(",")]
+        except ValueError:
+            raise ValueError(f"--init_layers={config.init_layers} must be numbers of blocks with commas between, such as 0,2,4") from None
+        model = GPT.from_pretrained(config.init_from, layers, **{name: given[name] for name in shape if name in given})
     for name in shape:
         setattr(config, name, getattr(model.config, name))
     if model.config.vocab_size != meta["vocab_size"]:
@@ -282,7 +305,8 @@ def main():
         os.replace(out / "log.csv.tmp", out / "log.csv")
         log = open(out / "log.csv", "a", newline="")
 
-    params, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
+    params = sum(p.numel() for p in model.parameters())
+    flops = model.flops_per_token(config.n_loop if config.n_loop_min is None else (config.n_loop_min + config.n_loop) / 2)  # of a mean step
     step_tokens, peak = sequences * config.block_size, peak_flops(device) if bf16 else None
     bytes_per_token = meta["val"]["bytes"] / meta["val"]["tokens"]
     say(f"n_layer={config.n_layer}, h[{config.loop_start}:{config.loop_end}] x {config.n_loop} ({config.residual}), {params:,} parameters, "
@@ -343,7 +367,7 @@ def main():
         if device.type == "cuda":  # from pinned memory the copy, and all that follows, is queued while the GPU is still at the last step
             batch = (part.pin_memory() for part in batch)
         x, y = (part.to(device, non_blocking=True) for part in batch)
-        loss, norm = train_step(net, optimizers, x, y, config, autocast)
+        loss, norm = train_step(net, optimizers, x, y, config, autocast, get_n_loop(config, step))
 
     if world > 1:
         time.sleep(0.1)  # gloo's threads need the GIL to free their last tensors; its destructor waits for them and holds it
