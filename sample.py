@@ -52,6 +52,7 @@ def read_flags():
                         "a sample ends with the model's context")
     parser.add_argument("--plot", metavar="FILE.png", help="draw that, of the last sample")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--compile", action="store_true", help="compile decoding first; on a GPU a token's kernels then run as one CUDA graph")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: %(default)s)")
     args = parser.parse_args()
     if args.exit_kl is not None and (args.show_loops or args.plot):
@@ -127,6 +128,10 @@ def main():
         model, state = load_checkpoint(args.checkpoint, device)
         name = state["data"]["tokenizer"]
     model.eval()
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        model.bfloat16()  # half the bytes to read for each token
+    if args.compile:
+        model.compile_decoding()
     tokenizer = get_tokenizer(name)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"the model has {model.config.vocab_size} tokens, its tokenizer {name} has {tokenizer.n_vocab}; "
