@@ -17,6 +17,7 @@ Sources
 import json
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,7 +93,8 @@ class KVCache:
         T = kv.size(3)
         if entry not in self.entries:
             self.entries[entry] = kv.new_zeros(*kv.shape[:3], self.max_length, kv.size(4))
-            torch._dynamo.mark_static_address(self.entries[entry])
+            if self.fixed_shapes:
+                torch._dynamo.mark_static_address(self.entries[entry])
         held = self.entries[entry]
         if self.fixed_shapes and T == 1:
             held.index_copy_(3, self.position, kv)
@@ -197,6 +199,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.compiled = False
         self.decode = None  # forward for one token, if compile_decoding made one
         self.checkpoint_loops = False  # backward recomputes each loop: less memory, more time
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -301,12 +304,14 @@ class GPT(nn.Module):
         One block's code serves every block at every loop, so that 6 x 6 starts as fast as 6 x 1 and a change of
         n_loop compiles nothing. In the compiled head the softmax of the loss never exists in full (B, T, V).
         """
+        self.compiled = True
         for block in self.h:
             block.compile(**options)
         self.head = torch.compile(self.head, **options)
 
     def compile_decoding(self, **options):
         """torch.compile for a token of stream; on a GPU its kernels then run as one CUDA graph, without Python between."""
+        self.compiled = True
         self.decode = torch.compile(self.forward, **(options or dict(mode="reduce-overhead", fullgraph=True)))
 
     # ---- from tokens to more tokens ----
@@ -327,7 +332,8 @@ class GPT(nn.Module):
             if idx.size(1) > self.config.block_size:
                 cache, new = None, idx[:, -self.config.block_size:]
             compiled = self.decode is not None and cache is not None and cache.length > 0
-            with torch.compiler.set_stance("default" if compiled else "force_eager"):  # lengths change all the time
+            # what was compiled for training is not for lengths that change all the time
+            with torch.compiler.set_stance("default" if compiled else "force_eager") if self.compiled else nullcontext():
                 if exit_kl is not None and cache is not None and cache.length > 0:
                     logits, took = self.settle(new, cache, exit_kl, n_loop)
                 else:
