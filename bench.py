@@ -6,7 +6,6 @@ What a model costs, what it learns, and what its loops bring. The project's figu
     python bench.py speed --n_layer=36 --n_embd=768 --n_head=12 --checkpoint_loops
     python bench.py loops                                 what each loop of out/ckpt.pt brings, and longer thinking
     python bench.py loops --exit --plot=exit.png          what leaving the loop early costs and saves
-
     python bench.py compare                               the paper's pairs of models, trained side by side: one table
     python bench.py compare --what=residual               the readings of its equation; --what=loops: 1 to 8 loops
     python bench.py compare --sweep                       find each model's learning rate first
@@ -50,7 +49,7 @@ from torch.nn import functional as F
 from model import GPT, GPTConfig, KVCache, OPTIMIZERS, RESIDUALS, load_checkpoint, pick_device
 from prepare import get_tokenizer, load_data, one_line_errors, run
 from sample import positive, pyplot
-from train import PRESETS, TrainConfig, peak_flops, prepare_device, read_flags, train_step, windows
+from train import PRESETS, RECIPE, TrainConfig, peak_flops, prepare_device, read_flags, train_step, windows
 
 # the paper's models in the order of their cost; and the same depths, but of bytes and narrow, for a CPU
 ROWS = {name: [f"--preset={name}"] for name in ("gpt2-45m", "gpt2-45m-loop", "gpt2-81m-loop", "gpt2-124m")}
@@ -262,7 +261,7 @@ def loops():
 
 # What all runs of a scale share, the learning rate around which to look for the best, and the layouts (n_layer, n_loop)
 # of its pairs: without loops and with. The tiny scale has the paper's proportions, not its sizes.
-NANOGPT = dict(n_head=12, n_embd=768, block_size=1024, bias=False, optimizer="adamw", residual="sum", weight_decay=0.1, grad_clip=1.0)
+NANOGPT = {name: RECIPE[name] for name in ("n_head", "n_embd", "block_size", "bias", "optimizer", "residual", "weight_decay", "grad_clip")}
 SCALES = {
     "tiny": (dict(n_embd=64, n_head=2, max_steps=1200, eval_interval=200, log_interval=100), 8e-3, ((4, 1), (2, 3)), ((1, 1), (1, 2))),
     "small": (NANOGPT | dict(batch_size=32, max_steps=1500, warmup_steps=150, eval_interval=250, eval_iters=20, log_interval=50), 6e-4,
@@ -282,7 +281,7 @@ def models_to_compare(what, pairs):
                 for optimizer in OPTIMIZERS for residual in RESIDUALS}
         return rows | {f"one pass, {optimizer}": (dict(n_layer=1, n_loop=1, optimizer=optimizer), 1) for optimizer in OPTIMIZERS}
     rows = {}
-    for (plain, once), (n_layer, n_loop) in pairs:
+    for (plain, _), (n_layer, n_loop) in pairs:
         rows |= {f"{plain} x 1": (dict(n_layer=plain, n_loop=1), 1), f"{n_layer} x {n_loop}": (dict(n_layer=n_layer, n_loop=n_loop), 1)}
         # the controls: as deep without sharing, and one pass with the loop's compute
         rows[f"{n_layer * n_loop} x 1, unshared"] = (dict(n_layer=n_layer * n_loop, n_loop=1), 1)
