@@ -9,6 +9,7 @@ What a model costs, what it learns, and what its loops bring. The project's figu
     python bench.py compare                               the paper's pairs of models, trained side by side: one table
     python bench.py compare --what=residual               the readings of its equation; --what=loops: 1 to 8 loops
     python bench.py compare --sweep                       find each model's learning rate first
+    python bench.py compare --scale=small --batch_size=8  any flag of train.py, for all of its runs
 
 speed. Each model is measured in a process of its own and with nothing compiled before: the cold start ends with the
 first step (Python's imports apart), the other times are medians of the steps after it. Memory is what training
@@ -39,6 +40,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -297,12 +299,15 @@ def write_json(path, content):
 
 
 def train_run(flags, folder, threads):
-    """The result of train.py with these flags, from folder if it is there; a run that was stopped goes on. None if it diverged."""
+    """The result of train.py with these flags, from folder if it is there; a run that was stopped goes on. None if it diverged.
+
+    It gets that many threads, or all GPUs if threads is None.
+    """
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())
     arguments = ["--resume", f"--data_dir={flags['data_dir']}"] if (folder / "ckpt.pt").exists() else [
         f"--{name}={value}" if not isinstance(value, bool) else f"--{'' if value else 'no-'}{name}" for name, value in flags.items()]
-    gpus = torch.cuda.device_count()
+    gpus = 0 if threads else torch.cuda.device_count()
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
     done = subprocess.run([sys.executable, *launch, str(Path(__file__).with_name("train.py")), *arguments, f"--out_dir={folder}"], text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {}))
@@ -326,25 +331,31 @@ def compare():
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
     parser.add_argument("--sweep", action="store_true", help="try learning rates for each model, and keep the best")
-    parser.add_argument("--max_steps", type=int, help="instead of the scale's own")
-    parser.add_argument("--data_dir", default="data", help="what prepare.py wrote (default: %(default)s)")
-    args = parser.parse_args()
-    if args.seeds < 1 or (args.max_steps or 1) < 1:
-        parser.error("--seeds and --max_steps must be at least 1")
-    *_, meta = load_data(args.data_dir)
+    args, sys.argv[1:] = parser.parse_known_args()
+    given = read_flags(__doc__)  # the rest is for train.py
     base, middle, *pairs = SCALES[args.scale]
-    config = TrainConfig(**{**PRESETS.get(base.get("preset"), {}), **base})
-    steps = args.max_steps or config.max_steps
-    base = base | {"data_dir": args.data_dir}
     models = models_to_compare(args.what, pairs)
-    name = args.scale + ("" if args.what == "paper" else f"-{args.what}")
-    results, rates_file = Path("results"), Path("results") / f"{args.scale}-rates.json"
+    taken = {"preset", "learning_rate", "seed", "out_dir", "resume", "init_from"}.union(*(flags for flags, _ in models.values()))
+    if args.seeds < 1 or given.keys() & taken:
+        raise ValueError(f"compare needs --seeds of 1 or more, and sets itself {', '.join(f'--{name}' for name in sorted(taken))}; leave those out")
+    base = base | {"data_dir": TrainConfig.data_dir} | given
+
+    def config_of(flags):
+        return TrainConfig(**{**PRESETS.get(base.get("preset"), {}), **base, **flags})
+    config = config_of({})
+    *_, meta = load_data(config.data_dir)
+    if args.scale != "tiny" and meta["tokenizer"] != "gpt2":
+        raise ValueError(f"--scale={args.scale} is for GPT-2's vocabulary, {config.data_dir} has {meta['tokenizer']} tokens; run python prepare.py --tokenizer=gpt2")
+    scale = args.scale + "".join(f"-{name}={value}" for name, value in given.items() if name != "data_dir")
+    name = scale + ("" if args.what == "paper" else f"-{args.what}")
+    results, rates_file = Path("results"), Path("results") / f"{scale}-rates.json"
     rates = json.loads(rates_file.read_text()) if rates_file.exists() else {}
-    on_cpu = pick_device("auto").type == "cpu"  # there each run gets a core of its own, which is the best use of them
+    device = pick_device(config.device)
+    on_cpu = device.type == "cpu"  # there each run gets a core of its own, which is the best use of them
     workers = os.cpu_count() if on_cpu else 1
 
     def shape(flags):
-        c = TrainConfig(**{**PRESETS.get(base.get("preset"), {}), **base, **flags})
+        c = config_of(flags)
         with torch.device("meta"):
             return GPT(GPTConfig(vocab_size=meta["vocab_size"], **{f: getattr(c, f) for f in GPTConfig.__dataclass_fields__ if hasattr(c, f)}))
 
@@ -352,10 +363,11 @@ def compare():
         flags, longer = models[label]
         if longer != 1:  # as many steps as make it cost what that layout costs
             longer = shape(dict(n_layer=longer[0], n_loop=longer[1])).flops_per_token() / shape(flags).flops_per_token()
-        flags = base | flags | {"learning_rate": rate, "seed": seed, "max_steps": round(steps * longer)}
-        key = hashlib.sha256(json.dumps([flags, meta["train"]["sha256"]], sort_keys=True).encode()).hexdigest()[:12]
+        flags = base | flags | {"learning_rate": rate, "seed": seed, "max_steps": round(config.max_steps * longer)}
+        c = config_of(flags)
+        key = hashlib.sha256(json.dumps([asdict(c), meta["train"]["sha256"]]).encode()).hexdigest()[:12]
         began = time.time()
-        result = train_run(flags, Path("out-compare") / f"{label.replace(' ', '')}-{rate:g}-{seed}-{key}", 1 if on_cpu else None)
+        result = train_run(flags, Path("out-compare") / f"{c.n_layer}x{c.n_loop}-{key}", 1 if on_cpu else None)
         loss = result["val_loss"] if result else math.inf
         print(f"{label:<32} learning rate {rate:.2g}, seed {seed}: {loss:.4f}{'' if result else ' (diverged)'} ({time.time() - began:.0f} s)", flush=True)
         return result
@@ -363,20 +375,20 @@ def compare():
     def tuned(label):  # the longer runs take the rate of the model that they are
         own = next(other for other in models if models[other][0] == models[label][0])
         trials = rates.get(own, {})
-        return own, trials, float(min(trials, key=lambda rate: (trials[rate] is None, trials[rate]))) if trials else middle
+        return own, trials, float(min(trials, key=lambda rate: (trials[rate] is None, trials[rate], float(rate)))) if trials else middle
 
     with ThreadPoolExecutor(workers) as pool:
         def parallel(jobs):
             return list(pool.map(lambda job: go(*job), jobs))
-        if args.sweep:
-            for _ in range(3):  # at a factor of two, and on where the best is at the edge
-                jobs = []
-                for label in models:
-                    own, trials, best = tuned(label)
-                    jobs += [(own, rate, 0) for rate in (best / 2, best, 2 * best) if own == label and f"{rate:g}" not in trials]
-                for (label, rate, _), result in zip(jobs, parallel(jobs)):
-                    rates.setdefault(label, {})[f"{rate:g}"] = result["val_loss"] if result else None
-                write_json(rates_file, rates)
+
+        def untried():  # at a factor of two, until the best lies between two others
+            for label in models:
+                own, trials, best = tuned(label)
+                yield from ((own, rate, 0) for rate in (best / 2, best, 2 * best) if own == label and f"{rate:g}" not in trials)
+        while args.sweep and (jobs := list(untried())):
+            for (label, rate, _), result in zip(jobs, parallel(jobs)):
+                rates.setdefault(label, {})[f"{rate:g}"] = result["val_loss"] if result else None
+            write_json(rates_file, rates)
         untuned = [label for label in models if not tuned(label)[1]]
         if untuned:
             print(f"no learning rates recorded for {', '.join(untuned)}: taking {middle:g}; --sweep finds better ones")
@@ -386,27 +398,32 @@ def compare():
             runs.setdefault(label, {"learning_rate": rate, "runs": []})["runs"].append(result)
 
     # the table
-    print(f"\n{meta['dataset']}, {meta['train']['tokens']:,} {meta['tokenizer']} tokens; {steps:,} steps of {config.batch_size * config.gradient_accumulation_steps * config.block_size:,} "
-          f"tokens; seeds 0 to {args.seeds - 1}; {config.n_embd} wide")
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {workers} cores"
+    print(f"\n{meta['dataset']}, {meta['train']['tokens']:,} {meta['tokenizer']} tokens; {config.max_steps:,} steps of {config.batch_size * config.gradient_accumulation_steps * config.block_size:,} "
+          f"tokens; seeds 0 to {args.seeds - 1}; {config.n_embd} wide; {machine}")
     print(f"{'model':<32} {'params':>8} {'depth':>5} {'MFLOPs/token':>12} {'tokens':>8} {'minutes':>7} {'rate':>7} {'val loss':>8} {'+-':>6} {'bits/byte':>9} {'paper':>5}")
     for label, row in runs.items():
         model, finished = shape(models[label][0]), [run for run in row["runs"] if run]
         c = model.config
         row |= {"params": sum(p.numel() for p in model.parameters()), "depth": c.n_layer * c.n_loop, "flops": model.flops_per_token(),
-                "mean": math.nan, "spread": math.nan, "diverged": len(row["runs"]) - len(finished)}
+                "mean": None, "spread": None}
+        diverged = f", {failed} diverged" if (failed := len(row["runs"]) - len(finished)) else ""
         if finished:
             losses = [run["val_loss"] for run in finished]
             row |= {"mean": sum(losses) / len(losses), "spread": (max(losses) - min(losses)) / 2}
             paper = PAPER.get((c.n_layer, c.n_loop)) if models[label][1] == 1 and args.what == "paper" and args.scale != "tiny" else None
             print(f"{label:<32} {row['params'] / 1e6:7.2f}M {row['depth']:5} {row['flops'] / 1e6:12,.1f} {finished[0]['tokens'] / 1e6:7.1f}M "
                   f"{sum(run['seconds'] for run in finished) / len(finished) / 60:7.1f} {row['learning_rate']:7.2g} {row['mean']:8.4f} {row['spread']:6.4f} "
-                  f"{row['mean'] / math.log(2) * meta['val']['tokens'] / meta['val']['bytes']:9.3f} {paper or '':>5}")
+                  f"{row['mean'] / math.log(2) * meta['val']['tokens'] / meta['val']['bytes']:9.3f} {paper or '':>5}{diverged}")
+        else:
+            print(label + diverged)
     if args.what == "paper":
-        for ((a, _), (b, n)), (theirs, loop) in zip(pairs, PAIRS_OF_PAPER):
-            print(f"{a} x 1 minus {b} x {n}: {runs[f'{a} x 1']['mean'] - runs[f'{b} x {n}']['mean']:+.4f}; in the paper, "
-                  f"{theirs[0]} x 1 minus {loop[0]} x {loop[1]}: {PAPER[theirs] - PAPER[loop]:+.2f}")
-    write_json(results / f"{name}.json", {"scale": args.scale, "steps": steps, "data": meta, "torch": torch.__version__,
-                                          "device": pick_device("auto").type, "models": runs})
+        for (plain, loop), theirs in zip(pairs, PAIRS_OF_PAPER):
+            ours = [runs[f"{n_layer} x {n_loop}"]["mean"] for n_layer, n_loop in (plain, loop)]
+            print("{} x 1 minus {} x {}: ".format(plain[0], *loop) + (f"{ours[0] - ours[1]:+.4f}" if None not in ours else "diverged") +
+                  "; in the paper, {} x 1 minus {} x {}: {:+.2f}".format(theirs[0][0], *theirs[1], PAPER[theirs[0]] - PAPER[theirs[1]]))
+    write_json(results / f"{name}.json", {"scale": scale, "steps": config.max_steps, "data": meta, "torch": torch.__version__,
+                                          "machine": machine, "models": runs})
     plot(runs, results / f"{name}.png")
 
 
@@ -425,9 +442,11 @@ def plot(runs, path):
             losses = [sum(curve[i + 1][1] for curve in curves) / len(curves) for i in range(len(tokens))]
             left.plot(tokens, losses, label=label, marker=".")
             right.plot([t * row["flops"] for t in tokens], losses, marker=".")
-    left.set(xlabel="tokens", ylabel="validation loss, nats", xscale="log")
+    left.set(xlabel="tokens", ylabel="validation loss, nats")
     right.set(xlabel="FLOPs of training", xscale="log")
-    left.legend(fontsize=8)
+    right.tick_params(axis="x", which="minor", labelbottom=False)
+    if left.lines:
+        left.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     print(f"results in {path.with_suffix('.json')} and {path}")
 

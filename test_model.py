@@ -1278,7 +1278,7 @@ def test_compare_goes_on_where_it_was_stopped(tiny_data, tmp_path):
     assert 1 <= len(finished) < 8 and not (tmp_path / "results").exists()
     out = finish("bench.py", *args, cwd=tmp_path)
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}.items()  # not run again
-    models = json.loads((tmp_path / "results" / "tiny.json").read_text())["models"]
+    models = json.loads((tmp_path / "results" / "tiny-max_steps=30.json").read_text())["models"]
     assert [row["depth"] for row in models.values()] == [4, 6, 6, 4, 1, 2, 2, 1]
     for label, row in models.items():
         assert row["mean"] == row["runs"][0]["val_loss"] and f"\n{label:<32}" in out and f"{row['mean']:.4f}" in out
@@ -1288,6 +1288,60 @@ def test_compare_goes_on_where_it_was_stopped(tiny_data, tmp_path):
     alone = finish("train.py", "--n_embd=64", "--n_head=2", "--n_layer=2", "--n_loop=3", "--learning_rate=8e-3", "--max_steps=30",
                    f"--data_dir={tiny_data / 'data'}", cwd=tmp_path)
     assert json.loads(alone.splitlines()[-1])["val_loss"] == models["2 x 3"]["mean"]
+
+
+def test_compare_tunes_each_model_and_says_what_diverged(tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    best, asked = {1: 2e-3, 2: 8e-3, 3: 64e-3, 4: 1e-3, 6: 8e-3, 8: 8e-3}, []  # loops: learning rate
+
+    def trained(flags, folder, threads):
+        asked.append((flags["n_loop"], flags["learning_rate"], flags["seed"]))
+        if flags["n_loop"] == 6 and flags["seed"] == 1 or flags["n_loop"] == 8 and (flags["seed"] or flags["learning_rate"] > 1e-3):
+            return None
+        loss = 1 + abs(math.log2(flags["learning_rate"] / best[flags["n_loop"]])) + flags["seed"] / 10
+        return {"val_loss": loss, "tokens": 100, "seconds": 6, "curve": [(0, 5.0), (100, loss)]}
+    monkeypatch.setattr(bench, "train_run", trained)
+    command = ["bench.py", "compare", "--what=loops", "--seeds=2", f"--data_dir={tiny_data / 'data'}"]
+    monkeypatch.setattr(sys, "argv", [*command, "--sweep"])
+    bench.main()
+    out, rates = capsys.readouterr().out, json.loads((tmp_path / "results" / "tiny-rates.json").read_text())
+    assert [*rates["1 x 1"]] == ["0.004", "0.008", "0.016", "0.002", "0.001"] and min(rates["1 x 1"].values()) == 1  # on beyond the edge, and back
+    assert [*rates["1 x 2"]] == ["0.004", "0.008", "0.016"] and rates["1 x 2"]["0.008"] == 1
+    assert [*rates["1 x 3"]] == ["0.004", "0.008", "0.016", "0.032", "0.064", "0.128"]
+    assert [loss is None for loss in rates["1 x 8"].values()] == [True] * 4 + [False] * 2 and "0.0005" in rates["1 x 8"]
+    models = json.loads((tmp_path / "results" / "tiny-loops.json").read_text())["models"]
+    assert [row["learning_rate"] for row in models.values()] == [2e-3, 8e-3, 64e-3, 1e-3, 8e-3, 1e-3]
+    assert (models["1 x 1"]["mean"], models["1 x 1"]["spread"]) == (pytest.approx(1.05), pytest.approx(0.05))
+    assert models["1 x 6"]["mean"] == 1 and "1 diverged\n" in out and (tmp_path / "results" / "tiny-loops.png").exists()
+    asked.clear()
+    monkeypatch.setattr(sys, "argv", [*command])  # a later call takes the rates that were found
+    bench.main()
+    assert sorted(asked) == sorted((n, row["learning_rate"], seed) for seed in (0, 1) for n, row in zip(best, models.values()))
+    assert "no learning rates" not in capsys.readouterr().out
+    monkeypatch.setattr(bench, "train_run", lambda *args: None)
+    monkeypatch.setattr(sys, "argv", [*command])
+    bench.main()
+    assert "\n1 x 8, 2 diverged\n" in capsys.readouterr().out and "NaN" not in (tmp_path / "results" / "tiny-loops.json").read_text()
+    for flag, message in [("--n_loop=2", "--n_loop"), ("--seeds=0", "1 or more"), ("--bogus", "unrecognized"), ("--scale=small", "run python prepare.py --tokenizer=gpt2")]:
+        assert message in mistake(bench.main, *command[1:], flag, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_compare_at_the_scale_of_gpt2_has_the_papers_models(tmp_path):
+    (tmp_path / "data").mkdir()
+    tokens = np.random.default_rng(0).integers(300, size=5000).astype(np.uint16)
+    meta = {"dataset": "noise", "tokenizer": "gpt2", "vocab_size": 300}
+    for split in ("train", "val"):
+        tokens.tofile(tmp_path / "data" / f"{split}.bin")
+        meta[split] = {"tokens": 5000, "bytes": 20000, "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
+    out = finish("bench.py", "compare", "--scale=small", "--seeds=1", "--max_steps=20", "--n_embd=24", "--block_size=16", "--batch_size=2",
+                 "--eval_interval=10", "--eval_iters=1", cwd=tmp_path)
+    rows = {line[:32].strip(): line[32:].split() for line in out[out.index("\nnoise"):].splitlines()[3:] if " x " in line and "minus" not in line}
+    assert {label: (row[1], row[-1]) for label, row in rows.items() if len(row) == 10} == {
+        "12 x 1": ("12", "3.12"), "6 x 6": ("36", "3.11"), "1 x 1": ("1", "3.98"), "1 x 2": ("2", "3.67")}
+    assert {label: row[1] for label, row in rows.items() if len(row) == 9} == {
+        "36 x 1, unshared": "36", "12 x 1, compute of 6 x 6": "12", "2 x 1, unshared": "2", "1 x 1, compute of 1 x 2": "1"}
+    assert "in the paper, 12 x 1 minus 6 x 6: +0.01" in out and "in the paper, 1 x 1 minus 1 x 2: +0.31" in out
 
 
 @torch.no_grad()
