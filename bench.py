@@ -301,7 +301,8 @@ def write_json(path, content):
 def train_run(flags, folder, threads):
     """The result of train.py with these flags, from folder if it is there; a run that was stopped goes on. None if it diverged.
 
-    It gets that many threads, or all GPUs if threads is None.
+    It gets that many threads, or all GPUs if threads is None. Its output goes into a pipe: should we be killed, it ends with
+    the next line it writes, and before it saves anything beside a successor of ours.
     """
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())
