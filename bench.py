@@ -432,6 +432,7 @@ def plot(runs, path):
     """Validation loss against tokens and against compute, a line a model, the mean of its seeds."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         return print(f"no picture: {path} wants matplotlib (pip install matplotlib)")
     figure = Figure(figsize=(12, 4.5), layout="constrained")
@@ -445,6 +446,8 @@ def plot(runs, path):
             right.plot([t * row["flops"] for t in tokens], losses, marker=".")
     left.set(xlabel="tokens", ylabel="validation loss, nats")
     right.set(xlabel="FLOPs of training", xscale="log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter("{x:.0e}")
     right.tick_params(axis="x", which="minor", labelbottom=False)
     if left.lines:
         left.legend(fontsize=8)
