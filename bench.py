@@ -266,7 +266,7 @@ def loops():
 NANOGPT = {name: RECIPE[name] for name in ("n_head", "n_embd", "block_size", "bias", "optimizer", "residual", "weight_decay", "grad_clip")}
 SCALES = {
     "tiny": (dict(n_embd=64, n_head=2, max_steps=1200, eval_interval=200, log_interval=100), 8e-3, ((4, 1), (2, 3)), ((1, 1), (1, 2))),
-    "small": (NANOGPT | dict(batch_size=32, max_steps=1500, warmup_steps=150, eval_interval=250, eval_iters=20, log_interval=50), 6e-4,
+    "small": (NANOGPT | dict(batch_size=32, max_steps=1200, warmup_steps=120, eval_interval=200, eval_iters=20, log_interval=40), 6e-4,
               ((12, 1), (6, 6)), ((1, 1), (1, 2))),
     "paper": (dict(preset="gpt2-124m"), 6e-4, ((12, 1), (6, 6)), ((1, 1), (1, 2))),
 }
