@@ -261,17 +261,17 @@ def loops():
 
 # ---- compare ----
 
-# What all runs of a scale share, the learning rate around which to look for the best, and the layouts (n_layer, n_loop)
-# of its pairs: without loops and with. The tiny scale has the paper's proportions, not its sizes.
+PAPER = {(12, 1): 3.12, (6, 6): 3.11, (1, 1): 3.98, (1, 2): 3.67}  # OpenWebText validation losses, arXiv 2409.14199
+PAIRS_OF_PAPER = (((12, 1), (6, 6)), ((1, 1), (1, 2)))  # layouts (n_layer, n_loop), without loops and with
+# What all runs of a scale share, the learning rate around which to look for the best, and its pairs. The
+# tiny scale has the paper's proportions, not its sizes.
 NANOGPT = {name: RECIPE[name] for name in ("n_head", "n_embd", "block_size", "bias", "optimizer", "residual", "weight_decay", "grad_clip")}
 SCALES = {
     "tiny": (dict(n_embd=64, n_head=2, max_steps=1200, eval_interval=200, log_interval=100), 8e-3, ((4, 1), (2, 3)), ((1, 1), (1, 2))),
-    "small": (NANOGPT | dict(batch_size=32, max_steps=1200, warmup_steps=120, eval_interval=200, eval_iters=20, log_interval=40), 6e-4,
-              ((12, 1), (6, 6)), ((1, 1), (1, 2))),
-    "paper": (dict(preset="gpt2-124m"), 6e-4, ((12, 1), (6, 6)), ((1, 1), (1, 2))),
+    "small": (NANOGPT | dict(batch_size=32, max_steps=1200, warmup_steps=120, eval_interval=200, eval_iters=20, log_interval=40), RECIPE["learning_rate"],
+              *PAIRS_OF_PAPER),
+    "paper": (dict(preset="gpt2-124m"), RECIPE["learning_rate"], *PAIRS_OF_PAPER),
 }
-PAPER = {(12, 1): 3.12, (6, 6): 3.11, (1, 1): 3.98, (1, 2): 3.67}  # OpenWebText validation losses, arXiv 2409.14199
-PAIRS_OF_PAPER = (((12, 1), (6, 6)), ((1, 1), (1, 2)))
 
 
 def models_to_compare(what, pairs):
