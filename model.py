@@ -1,23 +1,26 @@
 """
 GPT-2, and the Loop Neural Network made from it, in one file.
 
-A GPT sends each token through a stack of blocks once. A Loop Neural Network sends it through the same
-blocks n_loop times, each pass adding a residual to the state: x(n) = x(n-1) + f(x(n-1)). Parameters stay
-the same, compute grows. In this file that is one field of GPTConfig and one `for` in GPT.states.
+A GPT sends each token through a stack of transformer blocks once. A Loop Neural Network sends it
+through the same blocks n_loop times, and each pass adds a residual to the state:
+
+    x(n) = x(n-1) + f(x(n-1)),    n = 1 .. n_loop
+
+The parameters stay the same, the compute grows. In this file that is one field of GPTConfig,
+one `for` in GPT.states, and the equation itself in GPT.loop.
 
     model = GPT(GPTConfig(n_layer=6, n_loop=6))     # the paper's 81M model
     logits, loss = model(idx, targets)              # (B, T, V), ()
-    model = GPT.from_pretrained("gpt2", n_loop=2)   # OpenAI's weights, looped
 
 Sources
-  GPT-2    Radford et al., Language Models are Unsupervised Multitask Learners, 2019
-  looping  Ng & Wang, Loop Neural Networks for Parameter Sharing, arXiv 2409.14199
-  scaled   arXiv 2606.18524, on why a shared branch wants the factor 1/n_loop
+    GPT-2       Radford et al., Language Models are Unsupervised Multitask Learners, 2019
+    the loop    Ng & Wang, Loop Neural Networks for Parameter Sharing, arXiv 2409.14199
+    `scaled`    arXiv 2606.18524
 """
 import json
 import math
 import os
-from contextlib import nullcontext
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,157 +29,81 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-RESIDUALS = ("sum", "mean", "outer", "scaled")  # the readings of the paper's equation, see GPT.loop
+RESIDUALS = ("sum", "mean", "outer", "scaled")  # the readings of the equation, see GPT.loop
 OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a model; the defaults are GPT-2's. Raises ValueError for a shape that cannot be."""
+    """The shape of a model, by default GPT-2's. Raises ValueError if the fields do not fit."""
     block_size: int = 1024
     vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_loop: int = 1             # how often blocks h[loop_start:loop_end] are applied
+    n_loop: int = 1              # how often the blocks h[loop_start:loop_end] are applied
     loop_start: int = 0
-    loop_end: int | None = None  # None: the last block
+    loop_end: int | None = None  # None: after the last block
     residual: str = "sum"
     dropout: float = 0.0
     bias: bool = True
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_loop"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.loop_end is None:
             self.loop_end = self.n_layer
+        if self.n_loop < 1:
+            raise ValueError(f"n_loop={self.n_loop} must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if not 0 <= self.loop_start < self.loop_end <= self.n_layer:
             raise ValueError(f"loop_start={self.loop_start}, loop_end={self.loop_end} must satisfy "
                              f"0 <= loop_start < loop_end <= n_layer={self.n_layer}")
         if self.residual not in RESIDUALS:
-            raise ValueError(f"residual={self.residual!r} must be one of {', '.join(RESIDUALS)}")
+            raise ValueError(f"residual={self.residual} must be one of {', '.join(RESIDUALS)}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-
-
-class KVCache:
-    """The keys and values of the positions seen so far, so that a new token costs one position.
-
-    One entry for each (loop, block): a looped block sees another state at every loop, so its keys differ too.
-    With fixed_shapes a token attends to all max_length positions under a mask, so that every token runs the same
-    kernels on the same addresses: what a CUDA graph needs.
-    """
-
-    def __init__(self, max_length, device, fixed_shapes=False):
-        self.max_length = max_length
-        self.length = 0  # positions that every entry holds
-        self.entries = {}
-        self.fixed_shapes = fixed_shapes
-        self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the next token, for fixed shapes
-        self.all_positions = torch.arange(max_length, device=device)
-
-    def advance(self, T):
-        self.length += T
-        self.position.fill_(self.length)
-
-    def positions(self, T):
-        """Where the next T tokens stand, (T,)."""
-        if self.fixed_shapes and T == 1:
-            return self.position
-        return self.all_positions[self.length:self.length + T]
-
-    def update(self, entry, kv):
-        """Append keys and values kv (2, B, nh, T, hs) to an entry; return all of it, (2, B, nh, S, hs), and its mask."""
-        T = kv.size(3)
-        if entry not in self.entries:
-            self.entries[entry] = kv.new_zeros(*kv.shape[:3], self.max_length, kv.size(4))
-            if self.fixed_shapes:
-                torch._dynamo.mark_static_address(self.entries[entry])
-        held = self.entries[entry]
-        if self.fixed_shapes and T == 1:
-            held.index_copy_(3, self.position, kv)
-            return held, self.all_positions[None] <= self.position  # mask: (1, S)
-        end = self.length + T
-        assert end <= self.max_length, f"{end} positions in a cache of {self.max_length}"
-        assert T == 1 or self.length == 0, f"{T} new positions over {self.length} cached ones would need a mask"
-        held[:, :, :, self.length:end] = kv
-        return held[:, :, :, :end], None
-
-    def fill(self, loops, N, blocks):
-        """Where the newest token left after loops (B,) of N, its keys and values at the loops it skipped are those of its last."""
-        for n in range(int(loops.min()), N):
-            left = (loops <= n)[:, None, None]
-            for i in blocks:
-                last, held = self.entries[n - 1, i][:, :, :, self.length], self.entries[n, i][:, :, :, self.length]  # (2, B, nh, hs)
-                held.copy_(torch.where(left, last, held))
-
-
-def linear(x, weight, bias=None):
-    """F.linear, x (B, T, I) and weight (O, I) -> (B, T, O), but for a few tokens on a CPU as a batch of products.
-
-    A matrix that meets few tokens costs its reading from memory. MKL reads a single one with one core and at a
-    third of the speed that it has for a batch: 124M decodes 2x as fast so.
-    """
-    tokens, (O, I) = x.size(0) * x.size(1), weight.shape
-    if tokens > 4 or O * I < 100_000 or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    parts = max(2, torch.get_num_threads())
-    rows = O // parts  # of a part; what is left over comes apart
-    y = torch.bmm(weight[:parts * rows].view(parts, rows, I), x.reshape(1, tokens, I).mT.expand(parts, -1, -1))
-    y = y.permute(2, 0, 1).reshape(*x.shape[:2], parts * rows)  # (parts, rows, B * T) -> (B, T, parts * rows)
-    if parts * rows < O:
-        y = torch.cat((y, F.linear(x, weight[parts * rows:])), dim=-1)
-    return y if bias is None else y + bias
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
 
 
 class CausalSelfAttention(nn.Module):
-    """(B, T, C) -> (B, T, C), each position from itself and those before it."""
+    """(B, T, C) -> (B, T, C). Each position reads from itself and from those before it."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, cache=None, entry=None):
+    def forward(self, x, cache=None, key=None):
         B, T, C = x.shape
-        # (B, T, 3C) -> (3, B, nh, T, hs)
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, kv, mask = qkv[0], qkv[1:], None
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)       # (B, T, 3, nh, hs) -> 3 of (B, nh, T, hs)
         if cache is not None:
-            kv, mask = cache.update(entry, kv)  # (2, B, nh, S, hs), S >= T
-        k, v = kv
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+            k, v = cache.update(key, k, v)         # (B, nh, S, hs), the S >= T positions so far
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        y = y.transpose(1, 2).reshape(B, T, C)     # (B, nh, T, hs) -> (B, T, C), heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """(B, T, C) -> (B, T, C), each position on its own."""
+    """(B, T, C) -> (B, T, C). Each position on its own."""
 
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        x = F.gelu(self.c_fc(x), approximate="tanh")    # (B, T, 4C)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """x (B, T, C) -> x + g(x): attention and MLP add their outputs to the residual stream, times scale if given.
+    """x -> x + g(x), both (B, T, C): attention, then the MLP, each adds its output to x.
 
-    scale is a tensor (): a number would have the block compiled again for each of its values.
+    scale, a tensor (), multiplies both outputs. A number would compile a block once per value.
     """
 
     def __init__(self, config):
@@ -186,358 +113,351 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, scale=None, cache=None, entry=None):
-        y = self.attn(self.ln_1(x), cache, entry)
-        x = x + y if scale is None else torch.addcmul(x, y, scale)
-        y = self.mlp(self.ln_2(x))
-        return x + y if scale is None else torch.addcmul(x, y, scale)
+    def forward(self, x, scale, cache=None, key=None):
+        x = torch.addcmul(x, self.attn(self.ln_1(x), cache, key), scale)    # x + scale * attn(x)
+        x = torch.addcmul(x, self.mlp(self.ln_2(x)), scale)                 # x + scale * mlp(x)
+        return x
 
 
 class GPT(nn.Module):
-    """GPT-2 with a loop in it. Parameters carry GPT-2's names; the head is wte itself (tied)."""
+    """GPT-2 with a loop in it. Parameters have GPT-2's names, and the head is wte itself."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.compiled = False
-        self.decode = None  # forward for one token, if compile_decoding made one
-        self.checkpoint_loops = False  # backward recomputes each loop: less memory, more time
+        self.checkpoint_loops = False  # True: backward recomputes each loop, for less memory
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # what is added to the residual stream 2 n_layer times starts smaller by the root of that
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
+            if name.endswith("c_proj.weight"):
+                # scale the residual projections by 1/sqrt(2 * n_layer), as GPT-2 does
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def loop(self, x, N, n, cache=None):
-        """x(n-1) -> x(n), both (B, T, C), of N loops; n counts from 0 and names the cache's entries."""
-        # stack(y) = y + g(y) is one pass through the looped blocks. arXiv 2409.14199 asks for
-        # x(n) = x(n-1) + f(x(n-1)) and leaves open what f is, so here are the ways to read it:
-        c, y = self.config, x
-        # scaled: as sum, but each attention and MLP output joins the stream times 1/N
-        scale = torch.full((), 1 / N, device=x.device) if c.residual == "scaled" else None
+        """x(n-1) -> x(n), both (B, T, C), for loop n = 0 .. N-1 of N.
+
+        One pass through the looped blocks is stack(x) = x + g(x). arXiv 2409.14199 asks for
+        x(n) = x(n-1) + f(x(n-1)) and leaves f open. These are the ways to read it.
+        """
+        c = self.config
+        # scaled: every attention and MLP output joins the stream times 1/N
+        scale = torch.full((), 1 / N if c.residual == "scaled" else 1.0, device=x.device)
+        y = x
         for i in range(c.loop_start, c.loop_end):
             y = self.h[i](y, scale, cache, (n, i))
         if c.residual == "mean":
-            # mean:   x(n) = x(n-1) + g(x(n-1)) / N     f = g/N, an Euler step: N of them make one time unit
+            # x(n) = x(n-1) + g(x(n-1)) / N      f = g / N, an Euler step: N of them make one unit
             return x.lerp(y, 1 / N)
         if c.residual == "outer":
-            # outer:  x(n) = x(n-1) + stack(x(n-1))     f = stack, the equation to the letter
+            # x(n) = x(n-1) + stack(x(n-1))      f = stack, the equation to the letter
             return x + y
-        # sum:    x(n) = x(n-1) + g(x(n-1))         f = g, the residual that the blocks already are
+        # sum and scaled
+        # x(n) = x(n-1) + g(x(n-1))              f = g, the residual that the blocks have anyway
         return y
 
     def states(self, idx, n_loop=None, cache=None):
-        """Yield the state after each loop, x(1), x(2), ... x(N), each (B, T, C), for tokens idx (B, T).
+        """Yield the states x(1) .. x(N), each (B, T, C), for the tokens idx (B, T).
 
-        N is n_loop, or the config's. With a cache, idx continues the positions that it holds.
+        N is n_loop, or else the config's. With a cache, idx continues the positions that it holds.
         """
-        c, T = self.config, idx.size(1)
-        N = c.n_loop if n_loop is None else n_loop
-        if N < 1:
-            raise ValueError(f"n_loop={N} must be at least 1")
-        assert T <= c.block_size, f"{T} positions do not fit block_size={c.block_size}"
-        x = self.wte(idx) + self.wpe(cache.positions(T) if cache is not None else torch.arange(T, device=idx.device))  # (B, T, C)
+        c = self.config
+        N = n_loop or c.n_loop
+        start = cache.length if cache else 0
+        T = idx.size(1)
+        assert start + T <= c.block_size, f"{start} + {T} positions in a context of {c.block_size}"
+        positions = torch.arange(start, start + T, device=idx.device)
+        x = self.wte(idx) + self.wpe(positions)     # (B, T, C)
         x = F.dropout(x, c.dropout, self.training)
+        one = torch.ones((), device=x.device)
         for i in range(c.loop_start):
-            x = self.h[i](x, None, cache, (0, i))
+            x = self.h[i](x, one, cache, (0, i))
         for n in range(N):
             if self.checkpoint_loops and torch.is_grad_enabled() and n < N - 1:
-                # keep x alone and compute the rest again when going backward; not for the last, which is needed at once
                 x = checkpoint(self.loop, x, N, n, use_reentrant=False)
             else:
                 x = self.loop(x, N, n, cache)
             yield x
 
     def readout(self, x, targets=None, cache=None):
-        """From a state (B, T, C) to forward's (logits, loss): the blocks after the loop, then the head."""
+        """(logits, loss) from a state (B, T, C), as forward returns them."""
+        one = torch.ones((), device=x.device)
         for i in range(self.config.loop_end, self.config.n_layer):
-            x = self.h[i](x, None, cache, (0, i))
-        return self.head(x if targets is not None else x[:, [-1]], targets)
+            x = self.h[i](x, one, cache, (0, i))
+        if targets is None:
+            x = x[:, [-1]]  # to sample, only the last position counts
+        return self.head(x, targets)
 
     def head(self, x, targets=None):
-        logits = linear(self.ln_f(x), self.wte.weight)
-        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        logits = F.linear(self.ln_f(x), self.wte.weight)    # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def forward(self, idx, targets=None, n_loop=None, cache=None):
         """Tokens idx (B, T) -> (logits, loss).
 
-        With targets (B, T): the logits of all positions (B, T, V) and their mean loss in nats. Without: the
-        logits of the last position (B, 1, V) and None. n_loop, if given, is the depth of this call.
-        Raises ValueError if n_loop < 1.
+        With targets (B, T): logits (B, T, V) and their mean loss in nats, (). Without: the logits
+        of the last position, (B, 1, V), and None. n_loop overrides the config's for this call.
         """
-        for x in self.states(idx, n_loop, cache):
-            pass  # here only the last state counts
+        for state in self.states(idx, n_loop, cache):
+            x = state  # only the last one counts
         return self.readout(x, targets, cache)
 
     def loop_losses(self, idx, targets, n_loop=None):
-        """The loss had the model stopped after loop 1, 2, ... N, in nats: (N,). The last one is forward's."""
+        """The loss in nats if the model had stopped after loop 1, 2, .. N: (N,)."""
         return torch.stack([self.readout(x, targets)[1] for x in self.states(idx, n_loop)])
 
-    def settle(self, idx, cache, exit_kl, n_loop=None):
-        """forward for one token of each sequence, idx (B, 1), that loops only until its prediction has settled.
 
-        A token leaves after loop n >= 2 if KL(p(n) || p(n-1)) < exit_kl, in nats. At the loops it skipped, later tokens
-        find the keys and values of its last. Returns its logits (B, 1, V) and how many loops it took (B,).
-        """
-        loops, going = torch.zeros_like(idx[:, 0]), torch.ones_like(idx[:, 0], dtype=torch.bool)
-        for n, y in enumerate(self.states(idx, n_loop, cache), start=1):
-            x = y if n == 1 else torch.where(going[:, None, None], y, x)  # of a batch, those that left stay as they were
-            logits = self.readout(x, cache=cache)[0]  # the blocks after the loop overwrite their entries, so the last x's remain
-            p = logits.float().log_softmax(-1)
-            loops += going
-            if n > 1:
-                going &= F.kl_div(before, p, reduction="none", log_target=True).sum((1, 2)) >= exit_kl
-                if not going.any():
-                    break
-            before = p
-        c = self.config
-        cache.fill(loops, c.n_loop if n_loop is None else n_loop, range(c.loop_start, c.loop_end))
-        return logits, loops
+# ---- from tokens to more tokens ----
 
-    def compile_parts(self, **options):
-        """torch.compile for a block and for the head, which is nearly all there is.
+class KVCache:
+    """The keys and values of the positions so far, so that a new token costs one position.
 
-        One block's code serves every block at every loop, so that 6 x 6 starts as fast as 6 x 1 and a change of
-        n_loop compiles nothing. In the compiled head the softmax of the loss never exists in full (B, T, V).
-        """
-        self.compiled = True
-        for block in self.h:
-            block.compile(**options)
-        self.head = torch.compile(self.head, **options)
+    There is one entry for each (loop, block): a looped block sees another state at every loop.
+    """
 
-    def compile_decoding(self, **options):
-        """torch.compile for a token of stream; on a GPU its kernels then run as one CUDA graph, without Python between."""
-        self.compiled = True
-        self.decode = torch.compile(self.forward, **(options or dict(mode="reduce-overhead", fullgraph=True)))
+    def __init__(self, max_length):
+        self.max_length = max_length
+        self.length = 0     # positions in every entry
+        self.entries = {}   # (loop, block): (2, B, nh, max_length, hs)
 
-    # ---- from tokens to more tokens ----
+    def update(self, key, k, v):
+        """Append k and v (B, nh, T, hs) to an entry and return all of it, (2, B, nh, S, hs)."""
+        B, nh, T, hs = k.shape
+        end = self.length + T
+        assert end <= self.max_length, f"{end} positions in a cache of {self.max_length}"
+        assert T == 1 or self.length == 0, "several positions after cached ones would need a mask"
+        if key not in self.entries:
+            self.entries[key] = k.new_empty(2, B, nh, self.max_length, hs)
+        entry = self.entries[key]
+        entry[0, :, :, self.length:end] = k
+        entry[1, :, :, self.length:end] = v
+        return entry[:, :, :, :end]
 
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None, exit_kl=None, loops=None):
-        """Continue idx (B, T >= 1) and yield each new token as it is drawn, (B, 1).
 
-        temperature 0 takes the likeliest token; top_k draws among the k likeliest. The context is the last
-        block_size tokens. As long as all fit, a new token costs one position. Beyond that the window slides:
-        GPT-2's positions are absolute, so each token in it changes place, no key or value can be kept, and a
-        token costs the whole window, as it would without a cache. Call eval() first if the model has dropout.
-        With exit_kl each token loops until it has settled, except where many positions are computed at once: the
-        prompt, and the sliding window, go through all loops. A list `loops` is given how many each token took, (B,).
-        """
-        cache, new = KVCache(self.config.block_size, idx.device, fixed_shapes=self.decode is not None), idx
-        for _ in range(max_new_tokens):
-            if idx.size(1) > self.config.block_size:
-                cache, new = None, idx[:, -self.config.block_size:]
-            compiled = self.decode is not None and cache is not None and cache.length > 0
-            # what was compiled for training is not for lengths that change all the time
-            with torch.compiler.set_stance("default" if compiled else "force_eager") if self.compiled else nullcontext():
-                if exit_kl is not None and cache is not None and cache.length > 0:
-                    logits, took = self.settle(new, cache, exit_kl, n_loop)
-                else:
-                    logits, _ = (self.decode if compiled else self)(new, n_loop=n_loop, cache=cache)
-                    took = torch.full_like(idx[:, 0], self.config.n_loop if n_loop is None else n_loop)
-            logits = logits[:, -1].float()  # (B, V)
-            if loops is not None:
-                loops.append(took)
-            if cache is not None:
-                cache.advance(new.size(1))
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                new = torch.multinomial((logits / temperature).softmax(-1), num_samples=1)
-            idx = torch.cat((idx, new), dim=1)
-            yield new
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None, forward=None):
+    """Continue idx (B, T >= 1) and yield each new token (B, 1) as it is drawn.
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None, exit_kl=None):
-        """idx (B, T) -> (B, T + max_new_tokens); see stream."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, n_loop, exit_kl)], dim=1)
-
-    # ---- what training needs ----
-
-    def configure_optimizer(self, name, learning_rate, weight_decay, betas):
-        """The list of optimizers to step together: AdamW, or Muon for the blocks' matrices and AdamW for the rest.
-
-        Weight decay is for matrices only. Muon's update is scaled to the size that AdamW's would have
-        (arXiv 2502.16982), so one learning rate serves both.
-        """
-        assert name in OPTIMIZERS, name
-        embeddings = [self.wte.weight, self.wpe.weight]
-        matrices = [p for p in self.h.parameters() if p.dim() == 2]
-        vectors = [p for p in self.parameters() if p.dim() == 1]
-        decayed = embeddings if name == "muon" else embeddings + matrices
-        fused = self.wte.weight.device.type in ("cpu", "cuda", "mps")
-        optimizers = [torch.optim.AdamW([dict(params=decayed), dict(params=vectors, weight_decay=0.0)],
-                                        lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused)]
-        if name == "muon":
-            optimizers.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay,
-                                               adjust_lr_fn="match_rms_adamw"))
-        return optimizers
-
-    def flops_per_token(self, n_loop=None):
-        """Floating-point operations to train on one token of a full context, forward and backward.
-
-        Each weight of a matrix costs 2 forward and 4 backward each time it is used: a looped block n_loop
-        times, the head once. Attention adds 2 products of (T, T, C), counted whole though half is masked, as
-        in PaLM (arXiv 2204.02311, appendix B), so that the figure can be set beside others'.
-        """
-        c = self.config
-        looped = c.loop_end - c.loop_start
-        passes = c.n_layer + looped * ((c.n_loop if n_loop is None else n_loop) - 1)  # through a block
-        block = sum(p.numel() for p in self.h[0].parameters() if p.dim() == 2)
-        return 6 * (passes * block + self.wte.weight.numel()) + 12 * passes * c.block_size * c.n_embd
-
-    # ---- weights from elsewhere ----
-
-    @classmethod
-    def from_pretrained(cls, name_or_path, layers=None, **overrides):
-        """OpenAI's GPT-2, by name (downloaded once) or as the path of a model.safetensors.
-
-        The file says all sizes but the number of heads, which are 64 wide unless n_head is given. layers are the
-        numbers of the blocks to take, [0, 2, 4] makes three; None takes all. overrides are GPTConfig's fields:
-        any loop layout, dropout, or a shorter block_size. Raises ValueError for a file that is damaged or not a
-        GPT-2 and for layers or overrides that contradict it, OSError if it cannot be had.
-        """
-        if name_or_path in GPT2_WEIGHTS:
-            from prepare import download  # here, so that a fork can take model.py alone
-            revision, sha256 = GPT2_WEIGHTS[name_or_path]
-            path = download(GPT2_URL.format(name=name_or_path, revision=revision), sha256,
-                            "without a network give the path of a model.safetensors that you have")
+    temperature 0 takes the likeliest token, top_k draws among the k likeliest. The model sees its
+    last block_size tokens. GPT-2's positions are absolute: once the window slides, every token in
+    it has a new position, so nothing can be cached and a token costs the whole window.
+    forward replaces the model where one token continues a cache (sample.py exits early there).
+    """
+    block_size = model.config.block_size
+    cache = KVCache(block_size)
+    new = idx
+    for _ in range(max_new_tokens):
+        if idx.size(1) > block_size:
+            logits, _ = model(idx[:, -block_size:], n_loop=n_loop)
+        elif cache.length == 0 or forward is None:
+            logits, _ = model(new, n_loop=n_loop, cache=cache)
         else:
-            path = name_or_path
-        tensors = {name.removeprefix("transformer."): t for name, t in read_safetensors(path).items()
-                   if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))}  # masks; tied head
-        try:
-            vocab_size, n_embd = tensors["wte.weight"].shape
-            block_size, _ = tensors["wpe.weight"].shape
-        except (KeyError, ValueError):
-            raise ValueError(f"{path}: not a GPT-2, it lacks a matrix wte.weight or wpe.weight") from None
-        n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
-        if layers is not None:
-            if not layers or not set(layers) <= set(range(n_layer)):
-                raise ValueError(f"init_layers={','.join(map(str, layers))} must name blocks of {path}, which has 0 to {n_layer - 1}")
-            n_layer = len(layers)
-            taken = {f"h.{i}.{name.split('.', 2)[2]}": t for i, layer in enumerate(layers) for name, t in tensors.items() if name.startswith(f"h.{layer}.")}
-            tensors = {name: t for name, t in tensors.items() if not name.startswith("h.")} | taken
-        sizes = dict(vocab_size=vocab_size, n_embd=n_embd, bias="ln_f.bias" in tensors, n_layer=n_layer)
-        for key in sizes.keys() & overrides.keys():
-            if overrides[key] != sizes[key]:
-                raise ValueError(f"{key}={overrides[key]} contradicts {path}, which has {key}={sizes[key]}")
-        config = GPTConfig(**{"block_size": block_size, "n_head": max(1, n_embd // 64), **sizes, **overrides})
-        if config.block_size > block_size:
-            raise ValueError(f"block_size={config.block_size} is more than the {block_size} positions of {path}")
-        tensors["wpe.weight"] = tensors["wpe.weight"][:config.block_size]
-
-        model = cls(config)
-        parameters = dict(model.named_parameters())
-        if odd := parameters.keys() ^ tensors.keys():
-            raise ValueError(f"{path}: not a GPT-2 of {config.n_layer} layers, see {min(odd)}")
-        with torch.no_grad():
-            for name, p in parameters.items():
-                t = tensors[name]
-                if name.startswith("h.") and p.dim() == 2 and t.dim() == 2:
-                    t = t.t()  # OpenAI keeps the blocks' matrices as (in, out), nn.Linear as (out, in)
-                if t.shape != p.shape:
-                    raise ValueError(f"{path}: {name} is {tuple(t.shape)}, expected {tuple(p.shape)}")
-                p.copy_(t)
-        return model
+            logits, _ = forward(new, n_loop=n_loop, cache=cache)
+        cache.length += new.size(1)
+        new = draw(logits[:, -1].float(), temperature, top_k)
+        idx = torch.cat((idx, new), dim=1)
+        yield new
 
 
-# ---- files ----
+def draw(logits, temperature, top_k):
+    """Draw one token for each row of logits: (B, V) -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), num_samples=1)
 
-GPT2_URL = "https://huggingface.co/openai-community/{name}/resolve/{revision}/model.safetensors"
-GPT2_WEIGHTS = {  # name: (revision, sha256)
-    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e", "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
-    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da", "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
-    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519", "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
-    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2", "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
-}
 
+# ---- what training needs ----
 
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file, mapped into memory and not yet read.
+def configure_optimizers(model, name, learning_rate, weight_decay, betas):
+    """Return the optimizers to step together: AdamW; or Muon for the blocks' matrices, AdamW else.
 
-    The format: 8 bytes with the length of a JSON header, the header {name: {dtype, shape, data_offsets}}, and
-    the data without a gap. Raises ValueError if anything in it does not add up, OSError if there is no file.
+    Weight decay is for matrices only. Muon's update is scaled to the size of AdamW's
+    (arXiv 2502.16982), so one learning rate serves both.
     """
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-              "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as f:
-            start = 8 + int.from_bytes(f.read(8), "little")
-            if not 8 < start <= min(size, 8 + 100_000_000):
-                raise ValueError("its header does not fit")
-            header = json.loads(f.read(start - 8))
-        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        tensors, end = {}, start
-        header.pop("__metadata__", None)
-        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = dtypes[info["dtype"]], info["shape"]
-            begin, end_before = start + info["data_offsets"][0], end
-            end = start + info["data_offsets"][1]
-            if begin != end_before or end - begin != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
-                raise ValueError(f"{name} has the wrong place or size")
-            raw = data[begin:end] if begin % dtype.itemsize == 0 else data[begin:end].clone()  # views must be aligned
-            tensors[name] = raw.view(dtype).view(shape)
-        if end != size:
-            raise ValueError(f"it has {size} bytes where its header tells of {end}")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no file {path}; name a model.safetensors, or one of {', '.join(GPT2_WEIGHTS)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a whole .safetensors file ({error}); download it again") from None
-    return tensors
+    assert name in OPTIMIZERS, name
+    matrices = [p for p in model.h.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    decayed = [model.wte.weight, model.wpe.weight]
+    if name == "adamw":
+        decayed += matrices
+    groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
+    fused = model.wte.weight.device.type in ("cpu", "cuda", "mps")
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay,
+                              fused=fused)
+    if name == "adamw":
+        return [adamw]
+    muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay,
+                            adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
 
 
-def save_checkpoint(path, model, **state):
-    """Write model, config and state (tensors, numbers, strings, lists and dicts of them) to path.
+def flops_per_token(config, n_loop=None):
+    """Floating-point operations to train on one token of a full context, forward and backward.
 
-    It is written beside and then renamed, so that path is at any moment a whole checkpoint, the old one or the
-    new. Raises OSError, with nothing left behind, if it cannot be written.
+    A weight costs 2 forward and 4 backward each time it is used: a looped block N times, the head
+    once. Attention adds two products of (T, T, C), counted whole although half is masked, as in
+    PaLM (arXiv 2204.02311, appendix B), so that the figure can be set beside others'.
     """
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as f:
-            torch.save({"config": asdict(model.config), "model": model.state_dict(), **state}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # on a full disk torch.save raises either
-        beside.unlink(missing_ok=True)
-        raise OSError(f"could not write {path}, any older one is kept ({error}); make room there or use --out_dir") from None
+    c = config
+    passes = c.n_layer + (c.loop_end - c.loop_start) * ((n_loop or c.n_loop) - 1)    # of a block
+    weights = passes * 12 * c.n_embd ** 2 + c.vocab_size * c.n_embd
+    return 6 * weights + 12 * passes * c.block_size * c.n_embd
 
 
-def load_checkpoint(path, device="cpu"):
-    """(model, state) as save_checkpoint got them, the model on device.
+def compile_blocks(model, **options):
+    """torch.compile for a block and for the head, which is nearly all there is.
 
-    Only tensors and plain values are loaded: a file that holds code is refused and nothing in it is run.
-    Raises FileNotFoundError if there is none, ValueError if it is not a whole checkpoint of this program.
+    One block's code serves every block at every loop: 6 x 6 starts as fast as 6 x 1, and a change
+    of n_loop compiles nothing. In the compiled head the softmax (B, T, V) never exists in full.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(GPTConfig(**state.pop("config")))
-        model.load_state_dict(state.pop("model"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint {path}: train one with python train.py") from None
-    except Exception as error:  # a damaged file can fail anywhere in there
-        reason = str(error).strip().split("\n")[0][:160]
-        raise ValueError(f"{path} is damaged, or no checkpoint of this program ({reason}); "
-                         f"train one with python train.py") from None
-    return model.to(device), state
+    for block in model.h:
+        block.compile(**options)
+    model.head = torch.compile(model.head, **options)
 
 
 def pick_device(name):
-    """torch.device for "auto" (the best there is) or a name. Raises ValueError if there is no such device here."""
+    """Return the torch.device of a name, the best there is for "auto". Exits if it fails."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device={name} is not to be had here; use --device=cpu") from None
+        sys.exit(f"--device={name} does not work here: use --device=cpu")
+    return torch.device(name)
+
+
+# ---- checkpoints, and OpenAI's weights ----
+
+def save_checkpoint(path, model, **state):
+    """Write the model, its config and state (tensors, plain values, lists, dicts) to path.
+
+    It is written beside and then renamed: whenever the process ends, path is a whole checkpoint.
+    """
+    part = path.with_name(path.name + ".tmp")
+    try:
+        with open(part, "wb") as file:
+            own = {"config": asdict(model.config), "model": model.state_dict()}
+            torch.save(own | state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises either when the disk is full
+        sys.exit(f"could not write {path}, an older one is kept: {error}")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Return (model, state) as save_checkpoint got them, the model on device.
+
+    Only tensors and plain values are loaded: no code in the file is ever run.
+    """
+    if not Path(path).is_file():
+        sys.exit(f"no checkpoint {path}: train one with python train.py")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in any way
+        reason = str(error).strip().split("\n")[0][:100]
+        sys.exit(f"{path} cannot be read ({reason}): train another with python train.py")
+    if not isinstance(state, dict) or not {"config", "model"} <= state.keys():
+        sys.exit(f"{path} is no checkpoint of this program: train one with python train.py")
+    model = GPT(GPTConfig(**state.pop("config")))
+    model.load_state_dict(state.pop("model"))
+    return model.to(device), state
+
+
+def from_pretrained(path, layers=None, **overrides):
+    """Return OpenAI's GPT-2 from a model.safetensors, in any loop layout.
+
+    layers are the numbers of the blocks to take, None takes all. overrides are GPTConfig's fields,
+    such as n_loop or a shorter block_size. Exits if the file is none of a GPT-2 of that shape.
+    """
+    shape, tensors = read_gpt2(path, layers)
+    config = GPTConfig(**{**shape, **overrides})
+    model = GPT(config)
+    tensors["wpe.weight"] = tensors["wpe.weight"][:config.block_size]
+    parameters = dict(model.named_parameters())
+    odd = parameters.keys() ^ tensors.keys()
+    if odd:
+        sys.exit(f"{path} holds no GPT-2 of {config.n_layer} blocks: see {min(odd)}")
+    for name, p in parameters.items():
+        t = tensors[name]
+        if name.startswith("h.") and t.dim() == 2:
+            t = t.t()  # OpenAI's matrices are (in, out), nn.Linear's (out, in)
+        if t.shape != p.shape:
+            sys.exit(f"{path} has {name} {tuple(t.shape)} where the model has {tuple(p.shape)}")
+        p.data.copy_(t)
+    return model
+
+
+def read_gpt2(path, layers=None):
+    """Return (shape, tensors): GPTConfig's fields that the file decides, and {name: tensor}."""
+    tensors = {}
+    for name, tensor in read_safetensors(path).items():
+        # leave out the masks, and the head, which is wte
+        if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+            tensors[name.removeprefix("transformer.")] = tensor
+    blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("h.")}
+    if not blocks or not {"wte.weight", "wpe.weight"} <= tensors.keys():
+        sys.exit(f"{path} is not a GPT-2: it lacks h, wte.weight or wpe.weight")
+    if layers is not None:
+        if not blocks.issuperset(layers):
+            sys.exit(f"{path} has the blocks 0 to {max(blocks)}, not all of {layers}")
+        chosen = {name: tensor for name, tensor in tensors.items() if not name.startswith("h.")}
+        for i, layer in enumerate(layers):
+            for name, tensor in tensors.items():
+                if name.startswith(f"h.{layer}."):
+                    chosen[name.replace(f"h.{layer}.", f"h.{i}.", 1)] = tensor
+        tensors = chosen
+    vocab_size, n_embd = tensors["wte.weight"].shape
+    shape = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": max(1, n_embd // 64),
+             "block_size": len(tensors["wpe.weight"]), "bias": "ln_f.bias" in tensors,
+             "n_layer": len(blocks) if layers is None else len(layers)}
+    return shape, tensors
+
+
+def read_safetensors(path):
+    """Return {name: tensor} of a .safetensors file, mapped into memory and not yet read.
+
+    The format: 8 bytes with the length of a JSON header, the header {name: {dtype, shape,
+    data_offsets}}, and the data without a gap. Exits if anything does not add up.
+    """
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+              "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
+    size = os.path.getsize(path)
+    tensors = {}
+    try:
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            if not 8 < start <= min(size, 8 + 100_000_000):
+                raise ValueError("its header does not fit")
+            header = json.loads(file.read(start - 8))
+        header.pop("__metadata__", None)
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        end = start
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = dtypes[info["dtype"]], info["shape"]
+            begin, last_end = start + info["data_offsets"][0], end
+            end = start + info["data_offsets"][1]
+            if begin != last_end or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has the wrong place or size")
+            raw = data[begin:end]
+            if begin % dtype.itemsize:
+                raw = raw.clone()  # a view as another dtype must be aligned
+            tensors[name] = raw.view(dtype).view(shape)
+        if end != size:
+            raise ValueError(f"it has {size} bytes, its header says {end}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        sys.exit(f"{path} is not a whole .safetensors file ({error}): download it again")
+    return tensors
