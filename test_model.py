@@ -1,7 +1,7 @@
 """
 What is true of this project, in the order in which data flows through it. Run it with
 
-    pip install -r requirements.txt pytest transformers matplotlib ruff && pytest
+    pip install -r requirements.txt pytest transformers matplotlib && pytest
 
 GPT-2's vocabulary comes from $TIKTOKEN_CACHE_DIR or the network; without either, the tests of it
 say so and are skipped. All else that would be downloaded comes from a server on this machine.
