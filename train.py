@@ -403,10 +403,12 @@ def main():
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             loss, norm = train_step(net, optimizers, x, y, args, autocast, get_n_loop(args, step))
     except KeyboardInterrupt:
-        sys.exit(f"stopped; {out}/ckpt.pt is of step {saved}: go on with "
-                 f"python train.py --resume --out_dir={out}")
+        command = f"python train.py --resume --out_dir={out}"
+        message = f"stopped; {out}/ckpt.pt is of step {saved}: go on with {command}"
+        sys.exit(message if rank == 0 else 1)
 
     if world > 1:
+        time.sleep(0.1)  # gloo's threads need Python's lock to end; its destructor holds it
         dist.destroy_process_group()
     if rank == 0:
         tokens = args.max_steps * step_tokens
