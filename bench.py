@@ -409,7 +409,8 @@ COMMANDS = {"speed": speed, "measure": measure, "loops": loops, "compare": compa
 def main():
     command, flags = "speed", sys.argv[1:]
     if flags in (["-h"], ["--help"]):
-        sys.exit(__doc__)
+        print(__doc__)
+        return
     if flags and not flags[0].startswith("-"):
         command, *flags = flags
     if command not in COMMANDS:

@@ -167,9 +167,10 @@ class GPT(nn.Module):
         N is n_loop, or else the config's. With a cache, idx continues the positions that it holds.
         """
         c = self.config
-        N = n_loop or c.n_loop
-        start = cache.length if cache else 0
+        N = c.n_loop if n_loop is None else n_loop
+        start = 0 if cache is None else cache.length
         T = idx.size(1)
+        assert N >= 1, f"n_loop={N}"
         assert start + T <= c.block_size, f"{start} + {T} positions in a context of {c.block_size}"
         positions = torch.arange(start, start + T, device=idx.device)
         x = self.wte(idx) + self.wpe(positions)     # (B, T, C)

@@ -167,14 +167,14 @@ def load_data(data_dir):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         sizes = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
+        expected = {split: 2 * meta[split]["tokens"] for split in SPLITS}
     except FileNotFoundError as error:
         sys.exit(f"no data yet, {error.filename} is missing: {remedy}")
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, KeyError, TypeError):
         sys.exit(f"{folder / 'meta.json'} is damaged: {remedy}")
     for split, size in sizes.items():
-        if size != 2 * meta[split]["tokens"]:
-            expected = 2 * meta[split]["tokens"]
-            sys.exit(f"{folder / split}.bin has {size} bytes, not {expected}: {remedy}")
+        if size != expected[split]:
+            sys.exit(f"{folder / split}.bin has {size} bytes, not {expected[split]}: {remedy}")
     train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS)
     return train, val, meta
 

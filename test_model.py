@@ -474,8 +474,9 @@ def test_damaged_data_is_noticed(tmp_path, monkeypatch, capsys):
         assert message in line and "python prepare.py" in line
     val.write_bytes(good)
     assert "use a smaller --block_size" in refused("--block_size=99999999")
-    (tmp_path / "data" / "meta.json").write_text("{")
-    assert "meta.json is damaged" in refused()
+    for damaged in ("{", "{}", "[]"):
+        (tmp_path / "data" / "meta.json").write_text(damaged)
+        assert "meta.json is damaged" in refused()
     assert not (tmp_path / "out").exists()
 
 
