@@ -87,7 +87,7 @@ def measure(flags):
     """Print all figures of one model as a line of JSON: one micro-batch a step, then decoding."""
     args = get_args(flags)
     device = pick_device(args.device)
-    config = get_config(args, 50257 if args.preset else 257)
+    config = get_config(args, getattr(args, "vocab_size", 50257 if args.preset else 257))
     torch.manual_seed(args.seed)
     x, y = torch.randint(config.vocab_size, (2, args.batch_size, args.block_size), device=device)
     before, began = memory(device), time.perf_counter()
@@ -124,12 +124,12 @@ def measure(flags):
 
 def seconds(work, device):
     """How long work() takes on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     began = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter() - began
 
 
@@ -258,7 +258,7 @@ def train_run(flags, data_sha256, rate, seed):
         return json.loads((folder / "result.json").read_text())
     if (folder / "ckpt.pt").exists():
         flags = ["--resume"]
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if pick_device(args.device).type == "cuda" else 0
     launch = []
     if gpus > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
@@ -314,11 +314,13 @@ def compare(flags):
         sys.exit(f"--scale={args.scale} is for GPT-2's tokens: python prepare.py --tokenizer=gpt2")
     models = models_of(args.what, args.scale, shared, meta["vocab_size"])
     changed = [flag.lstrip("-") for flag in extra if not flag.startswith("--data_dir")]
-    path = Path("results") / ("-".join([args.scale, args.what, *changed]) + ".json")
+    name = "-".join([args.scale, args.what, *changed]).replace("/", "_")
+    path = Path("results") / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     trials = {label: {} for label in models}
-    if path.exists():
-        for label, row in json.loads(path.read_text())["models"].items():
+    earlier = json.loads(path.read_text()) if path.exists() else {"data": None}
+    if earlier["data"] == meta:
+        for label, row in earlier["models"].items():
             trials[label] = {float(rate): math.inf if loss is None else loss
                              for rate, loss in row["trials"].items()}
     device = pick_device(base.device)
@@ -415,6 +417,8 @@ def main():
         command, *flags = flags
     if command not in COMMANDS:
         sys.exit(f"bench.py has no command {command}: it has {', '.join(COMMANDS)}")
+    if command == "speed":
+        get_args(flags)  # a wrong flag, or --help, ends here
     COMMANDS[command](flags)
 
 

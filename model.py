@@ -125,7 +125,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpoint_loops = False  # True: backward recomputes each loop, for less memory
+        self.checkpoint_loops = False  # True: backward recomputes all loops but the last
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -140,7 +140,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def loop(self, x, N, n, cache=None):
-        """x(n-1) -> x(n), both (B, T, C), for loop n = 0 .. N-1 of N.
+        """One loop of N, counted n = 0 .. N-1: a state -> the next one, both (B, T, C).
 
         One pass through the looped blocks is stack(x) = x + g(x). arXiv 2409.14199 asks for
         x(n) = x(n-1) + f(x(n-1)) and leaves f open. These are the ways to read it.
@@ -327,7 +327,7 @@ def compile_blocks(model, **options):
 
 
 def pick_device(name):
-    """Return the torch.device of a name, the best there is for "auto". Exits if it fails."""
+    """Return the torch.device of a name, for "auto" the best. Exits if it does not work here."""
     if name == "auto":
         has_mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -354,7 +354,7 @@ def save_checkpoint(path, model, **state):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises either when the disk is full
-        sys.exit(f"could not write {path}, an older one is kept: {error}")
+        sys.exit(f"could not write {path}, what was there before is kept: {error}")
     finally:
         part.unlink(missing_ok=True)
 
@@ -460,5 +460,5 @@ def read_safetensors(path):
         if end != size:
             raise ValueError(f"it has {size} bytes, its header says {end}")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        sys.exit(f"{path} is not a whole .safetensors file ({error}): download it again")
+        sys.exit(f"{path} is no whole .safetensors file ({error}): delete it and download it again")
     return tensors

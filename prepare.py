@@ -78,11 +78,14 @@ def get_tokenizer(name):
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # no network, or a damaged download
         sys.exit(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): "
-                 "use bytes, python prepare.py --tokenizer=byte")
+                 "connect once, or use bytes: python prepare.py --tokenizer=byte")
 
 
 def split_documents(documents, one_in):
-    """Yield (split, text), each document whole and EOT after it, one in `one_in` for validation."""
+    """Yield (split, text): documents with EOT after each, one in `one_in` for validation.
+
+    Fewer than 100 documents are each cut at 90% instead.
+    """
     documents = (text for text in documents if text.strip())
     first = list(itertools.islice(documents, 100))
     if len(first) < 100:
@@ -318,7 +321,8 @@ def fetch(url, part):
     if url.startswith(HUB) and os.environ.get("HF_TOKEN"):  # requests drops it on other hosts
         headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
     with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-        stated = response.history[0].headers.get("X-Linked-Etag", "") if response.history else ""
+        answers = (*response.history, response)
+        stated = "".join(answer.headers.get("X-Linked-Etag", "") for answer in answers)
         if response.status_code == 416:  # nothing is missing
             return stated.strip('"')
         response.raise_for_status()

@@ -34,7 +34,7 @@ def get_args():
     add("--top_k", type=positive, help="draw among the k likeliest tokens; all if not given")
     add("--n_loop", type=positive, help="how often to loop; as in training if not given")
     add("--exit_kl", type=not_negative, help="stop looping for a token once a loop changes its "
-        "prediction by less than this KL divergence in nats")
+        "prediction by less than this KL divergence in nats, while the text fits the context")
     add("--show_loops", action="store_true", help="print each loop's best guess for each token")
     add("--plot", metavar="FILE.png", help="draw these guesses, of the last sample")
     add("--seed", type=natural, default=0, help="of the draws")
@@ -81,12 +81,13 @@ def best_guesses(model, idx, n_loop=None):
     Returns the tokens and their probabilities, (N, T) each.
     """
     states = model.states(idx[:, :-1], n_loop)
+    # with targets, the logits are those of all places
     logits = torch.stack([model.readout(x, idx[:, 1:])[0][0] for x in states])    # (N, T, V)
     probability, guess = logits.float().softmax(-1).max(-1)
     return guess.cpu(), probability.cpu()
 
 
-def first_right(guess):
+def first_final(guess):
     """The loop, from 0, that is the first to make the last loop's guess: (N, T) -> (T,)."""
     return (guess == guess[-1]).int().argmax(0)
 
@@ -98,7 +99,7 @@ def show_loops(names, guess, probability):
     first to make the final guess is coloured.
     """
     N, T = guess.shape
-    first = first_right(guess)
+    first = first_final(guess)
     print("\n" + " " * 10 + "".join(f"{f'loop {n}':>14}" for n in range(1, N + 1)))
     for t in range(T):
         cells = [f"{names[1 + n][t]:>9} {probability[n, t]:4.0%}" for n in range(N)]
@@ -113,7 +114,7 @@ def plot_loops(path, names, guess, probability):
     """Draw the same as a heat map, tokens x loops."""
     from matplotlib.figure import Figure
     N, T = guess.shape
-    first = first_right(guess)
+    first = first_final(guess)
     figure = Figure(figsize=(2 + N, 1 + 0.22 * T), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(probability.T, aspect="auto", cmap="Blues", vmin=0, vmax=1)

@@ -451,7 +451,7 @@ def test_prepare_keeps_the_last_good_data(tmp_path, monkeypatch, capsys):
             (["tiny.txt"], "too little text"), (["separator.txt"], "too little text"),
             (["empty"], "too little text"), (["--tokenizer=word"], "invalid choice"),
             (["--what"], "unrecognized"), (["openwebtext"], "GPT-2's vocabulary could not be"),
-            (["good.txt", "--tokenizer=gpt2"], "use bytes, python prepare.py --tokenizer=byte"),
+            (["good.txt", "--tokenizer=gpt2"], "or use bytes: python prepare.py --tokenizer=byte"),
             (["fineweb", "--tokenizer=byte"], "leave out --tokenizer=byte"),
             (["openwebtext", "--shards=22"], "21 --shards"), (["good.txt", "--shards=1"], "none"),
             (["fineweb", "--shards=0"], "must be at least 1")]:
@@ -852,7 +852,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     for room in (0, 1000, path.stat().st_size - 1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
-            with pytest.raises(SystemExit, match="an older one is kept"):
+            with pytest.raises(SystemExit, match="what was there before is kept"):
                 save_checkpoint(path, small(), step=2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -1069,6 +1069,8 @@ def test_flags_that_cannot_work_are_refused(tiny_data, whole_run, tmp_path, monk
             (["--resume"], "no checkpoint out/ckpt.pt: train one with python train.py"),
             ([*whole, "--n_embd=32"], "--n_embd=32 cannot be resumed into"),
             ([*whole, "--optimizer=adamw"], "--optimizer=adamw cannot be resumed into"),
+            ([*whole, "--weight_decay=0.2"], "--weight_decay=0.2 cannot be resumed into"),
+            ([*whole, "--batch_size=8"], "--batch_size=8 cannot be resumed into"),
             ([*whole, "--max_steps=10"], "--max_steps")]:
         assert message in mistake(train.main, *args, monkeypatch=monkeypatch, capsys=capsys), args
         assert snapshot(tiny_data) == before
@@ -1248,7 +1250,7 @@ def test_guesses_are_the_best_of_each_loop():
     assert torch.equal(guess, expected.argmax(-1))
     torch.testing.assert_close(probability, expected.max(-1).values.float())
     four_loops = torch.tensor([[1, 7, 5], [2, 7, 6], [1, 7, 5], [1, 7, 6]])
-    assert sample.first_right(four_loops).tolist() == [0, 0, 1]
+    assert sample.first_final(four_loops).tolist() == [0, 0, 1]
 
 
 def test_the_loops_are_shown(tiny_data, whole_run, tmp_path, monkeypatch, capsys):
@@ -1291,7 +1293,7 @@ def test_bench_measures_what_its_flags_describe(tmp_path):
     assert len(table) == 3 and table[2].split()[-1] == "1.00x"
     for args, message in [(["nonsense"], "has no command nonsense"), (["--what"], "unrecognized")]:
         process = start("bench.py", *args, cwd=tmp_path)
-        assert message in process.communicate()[1] and process.returncode == 1
+        assert message in process.communicate()[1] and process.returncode in (1, 2)
 
 
 def test_compare_goes_on_where_it_was_stopped(tiny_data, tmp_path):

@@ -6,7 +6,8 @@ Tokens to a model: trains GPT-2 or a Loop Neural Network on what prepare.py wrot
     python train.py --preset=gpt2-81m-loop                         a model of the paper, on one GPU
     torchrun --nproc_per_node=8 train.py --preset=gpt2-81m-loop    the same training on eight
 
-The same flags give the same training on any number of processes: they share a step's sequences.
+The same flags give the same training on any number of processes, but for the draws of dropout:
+they share a step's sequences.
 """
 import argparse
 import csv
@@ -46,7 +47,7 @@ from prepare import Parser, find_gpt2, load_data, natural, not_negative, positiv
 # publishes for 124M: 12 x 40 sequences of 1024, about half a million tokens a step.
 RECIPE = dict(n_head=12, n_embd=768, block_size=1024, bias=False, residual="sum", batch_size=12,
               gradient_accumulation_steps=40, max_steps=600_000, optimizer="adamw",
-              learning_rate=6e-4, min_lr=6e-5, warmup_steps=2000, weight_decay=0.1, beta1=0.9,
+              learning_rate=6e-4, warmup_steps=2000, weight_decay=0.1, beta1=0.9,
               beta2=0.95, grad_clip=1.0, eval_interval=1000, eval_iters=200, log_interval=10)
 PRESETS = {
     "gpt2-124m": dict(n_layer=12, n_loop=1, **RECIPE),
@@ -122,6 +123,8 @@ def get_args(argv=None, defaults=None):
         parser.set_defaults(**shape)
     parser.set_defaults(**(defaults or {}))
     args = parser.parse_args(argv)
+    if args.resume and not defaults:
+        return args  # what the flags mean depends on the checkpoint
     if args.n_loop_min and args.n_loop_min > args.n_loop:
         parser.error(f"--n_loop_min={args.n_loop_min} must not be above --n_loop={args.n_loop}")
     if args.init_layers and not args.init_from:
@@ -242,14 +245,17 @@ def check_finite(step, value):
 
 def check_resumed(args, config, model, state, meta):
     """Exit if flags or data contradict the checkpoint that is resumed."""
-    saved = asdict(model.config) | {"optimizer": state["args"]["optimizer"]}
-    for name, value in (asdict(config) | {"optimizer": args.optimizer}).items():
-        if value != saved[name]:
-            sys.exit(f"--{name}={value} cannot be resumed into, the checkpoint has {saved[name]}: "
-                     "leave the flag out, or start anew without --resume")
     if any(state["data"][split]["sha256"] != meta[split]["sha256"] for split in ("train", "val")):
         sys.exit(f"{args.data_dir} is not the data of the checkpoint: write that again with python "
                  f"prepare.py {state['data']['dataset']}, or start anew without --resume")
+    saved, now = asdict(model.config), asdict(config)
+    for name in ("preset", "optimizer", "weight_decay", "beta1", "beta2", "batch_size",
+                 "gradient_accumulation_steps"):
+        saved[name], now[name] = state["args"][name], getattr(args, name)
+    for name, value in now.items():
+        if value != saved[name]:
+            sys.exit(f"--{name}={value} cannot be resumed into, the checkpoint has {saved[name]}: "
+                     "leave the flag out, or start anew without --resume")
     if state["step"] > args.max_steps:
         sys.exit(f"the checkpoint has {state['step']} steps: give more --max_steps")
 
