@@ -51,17 +51,14 @@ class GPTConfig:
     def __post_init__(self):
         if self.loop_end is None:
             self.loop_end = self.n_layer
-        if self.n_loop < 1:
-            raise ValueError(f"n_loop={self.n_loop} must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if not 0 <= self.loop_start < self.loop_end <= self.n_layer:
             raise ValueError(f"loop_start={self.loop_start}, loop_end={self.loop_end} must satisfy "
                              f"0 <= loop_start < loop_end <= n_layer={self.n_layer}")
-        if self.residual not in RESIDUALS:
-            raise ValueError(f"residual={self.residual} must be one of {', '.join(RESIDUALS)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.n_loop < 1 or self.residual not in RESIDUALS:
+            raise ValueError(f"n_loop={self.n_loop} must be at least 1, and residual="
+                             f"{self.residual} one of {', '.join(RESIDUALS)}")
 
 
 class CausalSelfAttention(nn.Module):
@@ -139,6 +136,13 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    def blocks(self, start, end, x, scale=1.0, cache=None, n=0):
+        """Send a state through the blocks h[start:end], in loop n."""
+        scale = torch.full((), scale, device=x.device)
+        for i in range(start, end):
+            x = self.h[i](x, scale, cache, (n, i))
+        return x
+
     def loop(self, x, N, n, cache=None):
         """One loop of N, counted n = 0 .. N-1: a state -> the next one, both (B, T, C).
 
@@ -147,10 +151,8 @@ class GPT(nn.Module):
         """
         c = self.config
         # scaled: every attention and MLP output joins the stream times 1/N
-        scale = torch.full((), 1 / N if c.residual == "scaled" else 1.0, device=x.device)
-        y = x
-        for i in range(c.loop_start, c.loop_end):
-            y = self.h[i](y, scale, cache, (n, i))
+        scale = 1 / N if c.residual == "scaled" else 1.0
+        y = self.blocks(c.loop_start, c.loop_end, x, scale, cache, n)   # stack(x)
         if c.residual == "mean":
             # x(n) = x(n-1) + g(x(n-1)) / N      f = g / N, an Euler step: N of them make one unit
             return x.lerp(y, 1 / N)
@@ -169,15 +171,12 @@ class GPT(nn.Module):
         c = self.config
         N = c.n_loop if n_loop is None else n_loop
         start = 0 if cache is None else cache.length
-        T = idx.size(1)
+        end = start + idx.size(1)
         assert N >= 1, f"n_loop={N}"
-        assert start + T <= c.block_size, f"{start} + {T} positions in a context of {c.block_size}"
-        positions = torch.arange(start, start + T, device=idx.device)
-        x = self.wte(idx) + self.wpe(positions)     # (B, T, C)
+        assert end <= c.block_size, f"{end} positions in a context of {c.block_size}"
+        x = self.wte(idx) + self.wpe.weight[start:end]      # (B, T, C)
         x = F.dropout(x, c.dropout, self.training)
-        one = torch.ones((), device=x.device)
-        for i in range(c.loop_start):
-            x = self.h[i](x, one, cache, (0, i))
+        x = self.blocks(0, c.loop_start, x, cache=cache)
         for n in range(N):
             if self.checkpoint_loops and torch.is_grad_enabled() and n < N - 1:
                 x = checkpoint(self.loop, x, N, n, use_reentrant=False)
@@ -187,9 +186,7 @@ class GPT(nn.Module):
 
     def readout(self, x, targets=None, cache=None):
         """(logits, loss) from a state (B, T, C), as forward returns them."""
-        one = torch.ones((), device=x.device)
-        for i in range(self.config.loop_end, self.config.n_layer):
-            x = self.h[i](x, one, cache, (0, i))
+        x = self.blocks(self.config.loop_end, self.config.n_layer, x, cache=cache)
         if targets is None:
             x = x[:, [-1]]  # to sample, only the last position counts
         return self.head(x, targets)
@@ -279,7 +276,7 @@ def draw(logits, temperature, top_k):
 
 # ---- what training needs ----
 
-def configure_optimizers(model, name, learning_rate, weight_decay, betas):
+def configure_optimizers(model, name, learning_rate, weight_decay):
     """Return the optimizers to step together: AdamW; or Muon for the blocks' matrices, AdamW else.
 
     Weight decay is for matrices only. Muon's update is scaled to the size of AdamW's
@@ -293,8 +290,8 @@ def configure_optimizers(model, name, learning_rate, weight_decay, betas):
         decayed += matrices
     groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
     fused = model.wte.weight.device.type in ("cpu", "cuda", "mps")
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay,
-                              fused=fused)
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95),
+                              weight_decay=weight_decay, fused=fused)
     if name == "adamw":
         return [adamw]
     muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay,
@@ -346,9 +343,9 @@ def save_checkpoint(path, model, **state):
     It is written beside and then renamed: whenever the process ends, path is a whole checkpoint.
     """
     part = path.with_name(path.name + ".tmp")
+    own = {"config": asdict(model.config), "model": model.state_dict()}
     try:
         with open(part, "wb") as file:
-            own = {"config": asdict(model.config), "model": model.state_dict()}
             torch.save(own | state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -368,13 +365,12 @@ def load_checkpoint(path, device="cpu"):
         sys.exit(f"no checkpoint {path}: train one with python train.py")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        config, weights = state.pop("config"), state.pop("model")
     except Exception as error:  # a damaged file can fail in any way
         reason = str(error).strip().split("\n")[0][:100]
-        sys.exit(f"{path} cannot be read ({reason}): train another with python train.py")
-    if not isinstance(state, dict) or not {"config", "model"} <= state.keys():
-        sys.exit(f"{path} is no checkpoint of this program: train one with python train.py")
-    model = GPT(GPTConfig(**state.pop("config")))
-    model.load_state_dict(state.pop("model"))
+        sys.exit(f"{path} is no checkpoint ({reason}): train another with python train.py")
+    model = GPT(GPTConfig(**config))
+    model.load_state_dict(weights)
     return model.to(device), state
 
 
@@ -384,81 +380,63 @@ def from_pretrained(path, layers=None, **overrides):
     layers are the numbers of the blocks to take, None takes all. overrides are GPTConfig's fields,
     such as n_loop or a shorter block_size. Exits if the file is none of a GPT-2 of that shape.
     """
-    shape, tensors = read_gpt2(path, layers)
-    config = GPTConfig(**{**shape, **overrides})
-    model = GPT(config)
-    tensors["wpe.weight"] = tensors["wpe.weight"][:config.block_size]
-    parameters = dict(model.named_parameters())
-    odd = parameters.keys() ^ tensors.keys()
-    if odd:
-        sys.exit(f"{path} holds no GPT-2 of {config.n_layer} blocks: see {min(odd)}")
-    for name, p in parameters.items():
-        t = tensors[name]
-        if name.startswith("h.") and t.dim() == 2:
-            t = t.t()  # OpenAI's matrices are (in, out), nn.Linear's (out, in)
-        if t.shape != p.shape:
-            sys.exit(f"{path} has {name} {tuple(t.shape)} where the model has {tuple(p.shape)}")
-        p.data.copy_(t)
+    shape, weights = read_gpt2(path, layers)
+    model = GPT(GPTConfig(**shape | overrides))
+    weights["wpe.weight"] = weights["wpe.weight"][:model.config.block_size]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        sys.exit(f"{path} does not hold a GPT-2 of this shape (for fewer blocks: --init_layers): "
+                 f"{reason}")
     return model
 
 
 def read_gpt2(path, layers=None):
-    """Return (shape, tensors): GPTConfig's fields that the file decides, and {name: tensor}."""
-    tensors = {}
-    for name, tensor in read_safetensors(path).items():
+    """Return (shape, weights): GPTConfig's fields that the file decides, and GPT's state_dict."""
+    weights = {}
+    for name, t in read_safetensors(path).items():
+        name = name.removeprefix("transformer.")
         # leave out the masks, and the head, which is wte
         if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-            tensors[name.removeprefix("transformer.")] = tensor
-    blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("h.")}
-    if not blocks or not {"wte.weight", "wpe.weight"} <= tensors.keys():
+            # OpenAI's matrices are (in, out), nn.Linear's (out, in)
+            weights[name] = t.t() if name.startswith("h.") and t.dim() == 2 else t
+    found = sorted({int(name.split(".")[1]) for name in weights if name.startswith("h.")})
+    if not found or not {"wte.weight", "wpe.weight"} <= weights.keys():
         sys.exit(f"{path} is not a GPT-2: it lacks h, wte.weight or wpe.weight")
-    if layers is not None:
-        if not blocks.issuperset(layers):
-            sys.exit(f"{path} has the blocks 0 to {max(blocks)}, not all of {layers}")
-        chosen = {name: tensor for name, tensor in tensors.items() if not name.startswith("h.")}
-        for i, layer in enumerate(layers):
-            for name, tensor in tensors.items():
-                if name.startswith(f"h.{layer}."):
-                    chosen[name.replace(f"h.{layer}.", f"h.{i}.", 1)] = tensor
-        tensors = chosen
-    vocab_size, n_embd = tensors["wte.weight"].shape
+    layers = found if layers is None else layers
+    if not set(layers) <= set(found):
+        sys.exit(f"{path} has the blocks 0 to {found[-1]}, not all of {layers}")
+    chosen = {name: t for name, t in weights.items() if not name.startswith("h.")}
+    for i, layer in enumerate(layers):
+        old, new = f"h.{layer}.", f"h.{i}."
+        chosen |= {name.replace(old, new): t for name, t in weights.items() if name.startswith(old)}
+    vocab_size, n_embd = weights["wte.weight"].shape
     shape = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": max(1, n_embd // 64),
-             "block_size": len(tensors["wpe.weight"]), "bias": "ln_f.bias" in tensors,
-             "n_layer": len(blocks) if layers is None else len(layers)}
-    return shape, tensors
+             "block_size": len(weights["wpe.weight"]), "bias": "ln_f.bias" in weights,
+             "n_layer": len(layers)}
+    return shape, chosen
 
 
 def read_safetensors(path):
-    """Return {name: tensor} of a .safetensors file, mapped into memory and not yet read.
+    """Return {name: tensor} of a .safetensors file. Exits if it is damaged.
 
-    The format: 8 bytes with the length of a JSON header, the header {name: {dtype, shape,
-    data_offsets}}, and the data without a gap. Exits if anything does not add up.
+    The format: 8 bytes with the length of a header, the header in JSON, {name: {dtype, shape,
+    data_offsets}}, and the data.
     """
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
               "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
-    size = os.path.getsize(path)
-    tensors = {}
+    size, tensors = os.path.getsize(path), {}
     try:
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
-            if not 8 < start <= min(size, 8 + 100_000_000):
-                raise ValueError("its header does not fit")
-            header = json.loads(file.read(start - 8))
+            header = json.loads(file.read(min(start, size) - 8))
         header.pop("__metadata__", None)
-        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        end = start
-        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = dtypes[info["dtype"]], info["shape"]
-            begin, last_end = start + info["data_offsets"][0], end
-            end = start + info["data_offsets"][1]
-            if begin != last_end or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} has the wrong place or size")
-            raw = data[begin:end]
-            if begin % dtype.itemsize:
-                raw = raw.clone()  # a view as another dtype must be aligned
-            tensors[name] = raw.view(dtype).view(shape)
-        if end != size:
-            raise ValueError(f"it has {size} bytes, its header says {end}")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        data = torch.from_file(str(path), size=size, dtype=torch.uint8)[start:]
+        for name, info in header.items():
+            begin, end = info["data_offsets"]
+            raw = data[begin:end].clone()  # a view as another dtype must be aligned
+            tensors[name] = raw.view(dtypes[info["dtype"]]).view(info["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         sys.exit(f"{path} is no whole .safetensors file ({error}): delete it and download it again")
     return tensors

@@ -3,27 +3,23 @@ Text to tokens: writes data/train.bin and data/val.bin (bare uint16 tokens) and 
 
     python prepare.py                            the source of Python's library; needs no network
     python prepare.py shakespeare                tinyshakespeare, downloaded
-    python prepare.py book.txt.xz                a text of yours: .txt, .gz, .xz, any in UTF-8
-    python prepare.py notes/ --tokenizer=gpt2    all text files of a folder, as GPT-2's tokens
+    python prepare.py notes/ --tokenizer=gpt2    a text file or all of a folder, as GPT-2's tokens
     python prepare.py openwebtext                the paper's data: 13 GB, 9 billion tokens
     python prepare.py fineweb --shards=1         100 million tokens a shard, and one for validation
 
 Every source is a stream of documents. A file is one, or several with <|endoftext|> between them.
 A hash of its text decides to which split a document belongs: one in ten is for validation, one in
-2,000 of OpenWebText. Equal documents therefore land in the same split. A source of fewer than 100
-documents is too small for that: each document is cut at 90% instead.
+2,000 of OpenWebText. A source of fewer than 100 documents is too small for that: each document is
+cut at 90% instead.
 
 Documents are tokenized on all cores, slab by slab, so that a source may be larger than memory. One
 document is held whole. Downloads are kept in ~/.cache/loop-gpt2: after an interruption the same
 command completes them, and tokenizes again.
 """
 import argparse
-import functools
-import gzip
 import hashlib
 import itertools
 import json
-import lzma
 import math
 import os
 import re
@@ -31,7 +27,7 @@ import sys
 import sysconfig
 import tarfile
 import time
-import zlib
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -42,29 +38,6 @@ import tiktoken
 EOT = "<|endoftext|>"
 TOKENIZERS = ("byte", "gpt2")
 SPLITS = ("train", "val")
-
-SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-               "input.txt")
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-HUB = "https://huggingface.co/"
-OPENWEBTEXT = ("datasets/Skylion007/openwebtext/resolve/f3808c30e817981b845ec549c43e82bb467d8144/"
-               "subsets/urlsf_subset{:02}.tar")  # 0 to 20
-FINEWEB = ("datasets/kjj0/fineweb10B-gpt2/resolve/889765ea1f903759787add96995d81171b632d0c/"
-           "fineweb_{}_{:06}.bin")  # val 0, train 1 to 103
-SHARDS = {"openwebtext": 21, "fineweb": 103}
-GPT2 = "openai-community/{}/resolve/{}/model.safetensors"
-GPT2_FILES = {  # name: (revision, sha256)
-    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",
-             "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
-    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
-                    "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
-    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519",
-                   "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
-    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2",
-                "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
-}
-BACKOFF = (1, 2, 4, 8, 16, 32)  # seconds between attempts that bring nothing
-
 
 # ---- from documents to tokens ----
 
@@ -116,7 +89,7 @@ def token_stream(source, tokenizer, shards):
         return
     documents = read_openwebtext(shards) if source == "openwebtext" else read_files(source)
     pairs = split_documents(documents, one_in=2000 if source == "openwebtext" else 10)
-    encode = functools.partial(tokenizer.encode_to_numpy, allowed_special={EOT})
+    encode = partial(tokenizer.encode_to_numpy, allowed_special={EOT})
     with ThreadPool() as pool:  # threads suffice, because tiktoken releases Python's lock
         for slab in slabs(pairs):
             encoded = pool.map(encode, [text for _, text in slab])
@@ -167,40 +140,64 @@ def write_json(path, content):
 def load_data(data_dir):
     """Return (train, val, meta): read-only uint16 arrays that stay on disk, and meta.json."""
     folder, remedy = Path(data_dir), f"run python prepare.py --data_dir={data_dir}"
+    arrays = []
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        sizes = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
-        expected = {split: 2 * meta[split]["tokens"] for split in SPLITS}
+        for split in SPLITS:
+            path, size = folder / f"{split}.bin", 2 * meta[split]["tokens"]
+            if path.stat().st_size != size:
+                sys.exit(f"{path} has {path.stat().st_size} bytes, not {size}: {remedy}")
+            arrays.append(np.memmap(path, dtype=np.uint16, mode="r"))
     except FileNotFoundError as error:
         sys.exit(f"no data yet, {error.filename} is missing: {remedy}")
     except (json.JSONDecodeError, KeyError, TypeError):
         sys.exit(f"{folder / 'meta.json'} is damaged: {remedy}")
-    for split, size in sizes.items():
-        if size != expected[split]:
-            sys.exit(f"{folder / split}.bin has {size} bytes, not {expected[split]}: {remedy}")
-    train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS)
-    return train, val, meta
+    return *arrays, meta
 
 
 # ---- where documents come from ----
+
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt")
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+HUB = "https://huggingface.co/"
+OPENWEBTEXT = ("datasets/Skylion007/openwebtext/resolve/f3808c30e817981b845ec549c43e82bb467d8144/"
+               "subsets/urlsf_subset{:02}.tar")  # 0 to 20
+FINEWEB = ("datasets/kjj0/fineweb10B-gpt2/resolve/889765ea1f903759787add96995d81171b632d0c/"
+           "fineweb_{}_{:06}.bin")  # val 0, train 1 to 103
+SHARDS = {"openwebtext": 21, "fineweb": 103}
+GPT2 = "openai-community/{}/resolve/{}/model.safetensors"
+GPT2_FILES = {  # name: (revision, sha256)
+    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",
+             "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+                    "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
+    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519",
+                   "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
+    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2",
+                "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
+}
+BACKOFF = (1, 2, 4, 8, 16, 32)  # seconds between attempts to download
+
 
 def find_files(source):
     """Return the sorted files of a source: a download, Python's library, a file or a folder."""
     if source == "shakespeare":
         hint = "without a network use python prepare.py"
         return [download(SHAKESPEARE, SHAKESPEARE_SHA256, hint)]
-    folder = Path(sysconfig.get_path("stdlib") if source == "pystdlib" else source)
+    folder, pattern, skipped = Path(source), "*", set()
+    if source == "pystdlib":  # without its tests and what pip installed
+        folder, pattern = Path(sysconfig.get_path("stdlib")), "*.py"
+        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
         sys.exit(f"{source} is neither a file nor a folder: without one use python prepare.py")
-    # hidden files are left out; of Python's library also its tests and what pip installed
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     files = []
-    for path in sorted(folder.rglob("*.py" if source == "pystdlib" else "*")):
+    for path in sorted(folder.rglob(pattern)):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") for part in parts)
-        if path.is_file() and not hidden and (source != "pystdlib" or not skipped & {*parts}):
+        if path.is_file() and not hidden and not skipped & set(parts):
             files.append(path)
     return files
 
@@ -211,7 +208,7 @@ def read_files(source):
     for path in files:
         try:
             yield from read_documents(path)
-        except (UnicodeError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        except UnicodeError as error:
             if len(files) == 1:
                 sys.exit(f"{path} is no text in UTF-8 ({error}): convert it, or name another file")
             left_out += 1
@@ -220,10 +217,9 @@ def read_files(source):
 
 
 def read_documents(path):
-    """Yield what stands between the EOTs of a text file, plain or compressed (.gz, .xz)."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    """Yield what stands between the EOTs of a text file."""
     rest = ""  # the begin of a document that goes on in the next block
-    with opener(path, "rt", encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         while block := file.read(1 << 24):
             if "\0" in block:
                 raise UnicodeError("it holds a zero byte")
@@ -279,34 +275,29 @@ def download(url, sha256=None, hint="run the same command again to go on"):
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loop-gpt2"
     path = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(url).name}"
+    part = path.with_name(path.name + ".part")
+    while int(os.environ.get("LOCAL_RANK", 0)) > 0 and not path.exists():
+        time.sleep(1)  # under torchrun, only the first process downloads
     if path.exists():
         return path
     print(f"downloading {url} to {path}", file=sys.stderr)
     cache.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    waits, most = iter(BACKOFF), 0
-    while True:
+    for wait in (*BACKOFF, None):
         try:
             stated = fetch(url, part)
             break
         except requests.RequestException as error:
-            size = part.stat().st_size if part.exists() else 0
-            if size > most:  # it brought something: be patient again
-                waits, most = iter(BACKOFF), size
             status = None if error.response is None else error.response.status_code
-            offline = status is None and size == 0
-            refused = status not in (None, 429, 500, 502, 503, 504)
-            wait = next(waits, None)
-            if offline or refused or wait is None:
+            offline = status is None and not part.exists()
+            if wait is None or offline or status not in (None, 429, 500, 502, 503, 504):
                 reason = f"HTTP {status}" if status else type(error).__name__
                 sys.exit(f"{url} could not be downloaded ({reason}): {hint}")
             time.sleep(wait)
-    expected = sha256 or stated
     with open(part, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+    if found != (sha256 or stated):
         part.unlink()
-        sys.exit(f"{url} has the sha256 {found}, expected {expected}: {hint}")
+        sys.exit(f"{url} has the sha256 {found}, expected {sha256 or stated}: {hint}")
     os.replace(part, path)
     return path
 
@@ -355,25 +346,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see python {self.prog} --help\n")
 
 
-def natural(text):
-    """The type of a flag that counts: 0, 1, 2, ..."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} must not be negative")
-    return int(text)
+def number(text, kind, low, high=math.inf):
+    """The value of a flag, an int or a float: low <= value < high."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value < high:
+        what = "a whole number" if kind is int else "a number"
+        below = f" and below {high}" if high < math.inf else ""
+        raise argparse.ArgumentTypeError(f"{text} must be {what} of at least {low}{below}")
+    return value
 
 
-def positive(text):
-    """The type of a flag that counts something needed: 1, 2, 3, ..."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return int(text)
-
-
-def not_negative(text):
-    """The type of a flag that measures: a finite number from 0 on."""
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be 0 or more, and finite")
-    return float(text)
+natural = partial(number, kind=int, low=0)
+positive = partial(number, kind=int, low=1)
+not_negative = partial(number, kind=float, low=0)
+share = partial(number, kind=float, low=0, high=1)
 
 
 def main():

@@ -26,8 +26,7 @@ def get_args():
     add = parser.add_argument
     add("--out_dir", default="out", help="where train.py left its ckpt.pt")
     add("--init_from", help="instead: gpt2, gpt2-medium, -large, -xl or a model.safetensors")
-    add("--prompt", help=f"the text to continue; {EOT} if not given")
-    add("--prompt_file", help="a text file to continue")
+    add("--prompt", default="", help=f"the text to continue; {EOT} if empty")
     add("--num_samples", type=positive, default=1, help="how many texts")
     add("--max_new_tokens", type=positive, default=500, help=f"where a text ends, if not at {EOT}")
     add("--temperature", type=not_negative, default=0.8, help="0 takes the likeliest token")
@@ -40,8 +39,6 @@ def get_args():
     add("--seed", type=natural, default=0, help="of the draws")
     add("--device", default="auto", help="cpu, cuda, mps; auto takes the best that is there")
     args = parser.parse_args()
-    if args.prompt is not None and args.prompt_file:
-        parser.error("give --prompt or --prompt_file, not both")
     if args.exit_kl is not None and (args.show_loops or args.plot):
         parser.error("--show_loops and --plot show all loops, leave out --exit_kl")
     return args
@@ -53,20 +50,19 @@ def exit_early(model, exit_kl, loops, idx, n_loop=None, cache=None):
     """model(idx, n_loop, cache) for one token, idx (1, 1), that stops looping once it has settled.
 
     It leaves after loop n >= 2 if KL(p(n) || p(n-1)) < exit_kl for its predictions p. For skipped
-    loops, reuse the keys and values of the token's last loop. Appends to the list loops how many
-    loops were taken.
+    loops, reuse the keys and values of the token's last loop. The number of loops that were taken
+    is appended to the list loops.
     """
-    config = model.config
-    before = None
+    c, last_log_p = model.config, None
     for n, x in enumerate(model.states(idx, n_loop, cache), start=1):
         logits, _ = model.readout(x, cache=cache)   # (1, 1, V)
-        p = logits.float().log_softmax(-1)
-        if n > 1 and F.kl_div(before, p, reduction="sum", log_target=True) < exit_kl:
+        log_p = logits.float().log_softmax(-1)
+        if n > 1 and F.kl_div(last_log_p, log_p, reduction="sum", log_target=True) < exit_kl:
             break
-        before = p
+        last_log_p = log_p
     loops.append(n)
-    for skipped in range(n, n_loop or config.n_loop):
-        for i in range(config.loop_start, config.loop_end):
+    for skipped in range(n, n_loop or c.n_loop):
+        for i in range(c.loop_start, c.loop_end):
             last, entry = cache.entries[n - 1, i], cache.entries[skipped, i]
             entry[:, :, :, cache.length] = last[:, :, :, cache.length]
     return logits, None
@@ -155,15 +151,6 @@ def load_model(args, device):
     return model.eval(), tokenizer
 
 
-def get_prompt(args):
-    if not args.prompt_file:
-        return args.prompt or ""
-    try:
-        return Path(args.prompt_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        sys.exit(f"--prompt_file={args.prompt_file} cannot be read: {error}")
-
-
 def write_sample(model, tokenizer, idx, args, room):
     """Print a text as it is drawn, and its speed. Return its tokens, idx included: (1, T)."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character can be several tokens
@@ -191,8 +178,8 @@ def main():
             sys.exit("--plot needs matplotlib: pip install matplotlib")
     device = pick_device(args.device)
     model, tokenizer = load_model(args, device)
-    prompt, block_size = get_prompt(args), model.config.block_size
-    ids = tokenizer.encode(prompt, allowed_special={EOT}) or [tokenizer.eot_token]
+    block_size = model.config.block_size
+    ids = tokenizer.encode(args.prompt, allowed_special={EOT}) or [tokenizer.eot_token]
     if len(ids) > block_size:
         sys.exit(f"the prompt has {len(ids)} tokens, the model sees {block_size}: shorten it")
     idx, room = torch.tensor([ids], device=device), args.max_new_tokens    # (1, T)
@@ -202,7 +189,7 @@ def main():
     for i in range(args.num_samples):
         if i > 0:
             print("-" * 80)
-        print(prompt, end="", flush=True)
+        print(args.prompt, end="", flush=True)
         tokens = write_sample(model, tokenizer, idx, args, room)
         if args.show_loops or args.plot:
             guess, probability = best_guesses(model, tokens, args.n_loop)

@@ -10,7 +10,6 @@ The same flags give the same training on any number of processes, but for the dr
 they share a step's sequences.
 """
 import argparse
-import csv
 import json
 import math
 import os
@@ -41,22 +40,23 @@ from model import (
     read_gpt2,
     save_checkpoint,
 )
-from prepare import Parser, find_gpt2, load_data, natural, not_negative, positive
+from prepare import Parser, find_gpt2, load_data, natural, not_negative, positive, share
 
 # The paper's four models. Width, context and vocabulary are GPT-2's. The recipe is the one nanoGPT
 # publishes for 124M: 12 x 40 sequences of 1024, about half a million tokens a step.
 RECIPE = dict(n_head=12, n_embd=768, block_size=1024, bias=False, residual="sum", batch_size=12,
               gradient_accumulation_steps=40, max_steps=600_000, optimizer="adamw",
-              learning_rate=6e-4, warmup_steps=2000, weight_decay=0.1, beta1=0.9,
-              beta2=0.95, grad_clip=1.0, eval_interval=1000, eval_iters=200, log_interval=10)
+              learning_rate=6e-4, warmup_steps=2000, weight_decay=0.1, grad_clip=1.0,
+              eval_interval=1000, eval_iters=200, log_interval=10)
 PRESETS = {
     "gpt2-124m": dict(n_layer=12, n_loop=1, **RECIPE),
     "gpt2-81m-loop": dict(n_layer=6, n_loop=6, **RECIPE),
     "gpt2-45m": dict(n_layer=1, n_loop=1, **RECIPE),
     "gpt2-45m-loop": dict(n_layer=1, n_loop=2, **RECIPE),
 }
-COLUMNS = ["step", "tokens", "seconds", "lr", "train_loss", "grad_norm", "val_loss",
-           "bits_per_byte", "loop_losses"]
+# A resumed run may have other values of these flags. The rest are the checkpoint's.
+FREE = {"data_dir", "out_dir", "resume", "max_steps", "eval_interval", "log_interval", "device",
+        "dtype", "compile", "checkpoint_loops"}
 
 
 # ---- the flags ----
@@ -67,7 +67,7 @@ def make_parser():
     switch = argparse.BooleanOptionalAction
     add("--preset", choices=PRESETS, help="a model of the paper with its recipe; flags override it")
     add("--data_dir", default="data", help="what prepare.py wrote")
-    add("--out_dir", default="out", help="where ckpt.pt (the last), best.pt and log.csv go")
+    add("--out_dir", default="out", help="where ckpt.pt goes, at each evaluation")
     add("--resume", action="store_true", help="go on from ckpt.pt of out_dir")
     add("--init_from", help="start from gpt2, gpt2-medium, -large, -xl or a model.safetensors")
     add("--init_layers", type=numbers, help="the blocks of init_from to take, such as 0,2,4")
@@ -81,19 +81,16 @@ def make_parser():
     add("--loop_start", type=natural, default=0, help="the first looped block")
     add("--loop_end", type=positive, help="the block after the last looped one; if not given: all")
     add("--residual", choices=RESIDUALS, default="scaled", help="reading of the equation")
-    add("--dropout", type=not_negative, default=0.0, help="share of activations dropped")
+    add("--dropout", type=share, default=0.0, help="share of activations dropped")
     add("--bias", action=switch, default=True, help="biases in linear layers and norms")
     # the training
     add("--batch_size", type=positive, default=4, help="sequences that a process computes at once")
     add("--gradient_accumulation_steps", type=positive, default=1, help="batches of a step, in all")
     add("--max_steps", type=natural, default=2600, help="updates of the weights")
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="for the blocks' matrices")
-    add("--learning_rate", type=not_negative, default=7e-3, help="after the warm-up")
-    add("--min_lr", type=not_negative, help="the last; a tenth of learning_rate if not given")
+    add("--learning_rate", type=not_negative, default=7e-3, help="the highest; the last is a tenth")
     add("--warmup_steps", type=natural, default=100, help="steps of linear warm-up")
     add("--weight_decay", type=not_negative, default=0.1, help="of matrices")
-    add("--beta1", type=not_negative, default=0.9, help="of AdamW")
-    add("--beta2", type=not_negative, default=0.95, help="of AdamW")
     add("--grad_clip", type=not_negative, default=1.0, help="highest norm of a gradient; 0: any")
     add("--seed", type=natural, default=0, help="of weights, batches and dropout")
     # reports and the machine
@@ -112,8 +109,8 @@ def numbers(text):
     return [int(number) for number in text.split(",")]
 
 
-def get_args(argv=None, defaults=None):
-    """Return the flags, over the defaults of a preset, a pretrained model or `defaults`."""
+def get_args(argv=None):
+    """Return the flags, over the defaults of a preset, a pretrained model or a checkpoint."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.preset:
@@ -121,10 +118,14 @@ def get_args(argv=None, defaults=None):
     if args.init_from:
         shape, _ = read_gpt2(find_gpt2(args.init_from), args.init_layers)
         parser.set_defaults(**shape)
-    parser.set_defaults(**(defaults or {}))
+    if args.resume:
+        _, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt")
+        parser.set_defaults(**state["args"])
     args = parser.parse_args(argv)
-    if args.resume and not defaults:
-        return args  # what the flags mean depends on the checkpoint
+    for name, saved in (state["args"] if args.resume else {}).items():
+        if name not in FREE and getattr(args, name) != saved:
+            parser.error(f"--{name}={getattr(args, name)} cannot be resumed into, the checkpoint "
+                         f"has {saved}: leave the flag out, or start anew without --resume")
     if args.n_loop_min and args.n_loop_min > args.n_loop:
         parser.error(f"--n_loop_min={args.n_loop_min} must not be above --n_loop={args.n_loop}")
     if args.init_layers and not args.init_from:
@@ -176,7 +177,7 @@ def get_lr(args, step):
     """The learning rate of a step, counted from 0: a linear warm-up, then half a cosine."""
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / args.warmup_steps
-    low = args.learning_rate / 10 if args.min_lr is None else args.min_lr
+    low = args.learning_rate / 10
     done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
     return low + (args.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -237,87 +238,59 @@ def peak_flops(device):
     return next((peak for key, peak in peaks.items() if key in name), None)
 
 
+def check(args, train_data, val_data, meta, state, world):
+    """Exit in one line if flags, data, checkpoint and processes do not fit together."""
+    tokens = f"{args.data_dir} has a vocabulary of {meta['vocab_size']} {meta['tokenizer']} tokens"
+    if min(len(train_data), len(val_data)) <= args.block_size:
+        sys.exit(f"{args.data_dir} is too short for block_size={args.block_size}: "
+                 "use a smaller --block_size, or run python prepare.py on more text")
+    if args.preset and meta["tokenizer"] != "gpt2":
+        sys.exit(f"{tokens}, presets are for GPT-2's: run python prepare.py --tokenizer=gpt2")
+    if args.init_from and args.vocab_size != meta["vocab_size"]:
+        sys.exit(f"{tokens}, {args.init_from} has {args.vocab_size}: "
+                 "run python prepare.py --tokenizer=gpt2")
+    if args.batch_size * args.gradient_accumulation_steps % world:
+        sys.exit(f"{world} processes cannot share the sequences of a step equally: "
+                 "change --batch_size or --gradient_accumulation_steps")
+    if args.resume and any(state["data"][split] != meta[split] for split in ("train", "val")):
+        sys.exit(f"{args.data_dir} is not the data of the checkpoint: write that again with python "
+                 f"prepare.py {state['data']['dataset']}, or start anew without --resume")
+    if args.resume and state["step"] > args.max_steps:
+        sys.exit(f"the checkpoint has {state['step']} steps: give more --max_steps")
+
+
 def check_finite(step, value):
     if not math.isfinite(value):
         sys.exit(f"the loss or its gradient is {value} at step {step}, later than the checkpoint: "
                  "start anew with a smaller --learning_rate")
 
 
-def check_resumed(args, config, model, state, meta):
-    """Exit if flags or data contradict the checkpoint that is resumed."""
-    if any(state["data"][split]["sha256"] != meta[split]["sha256"] for split in ("train", "val")):
-        sys.exit(f"{args.data_dir} is not the data of the checkpoint: write that again with python "
-                 f"prepare.py {state['data']['dataset']}, or start anew without --resume")
-    saved, now = asdict(model.config), asdict(config)
-    for name in ("preset", "optimizer", "weight_decay", "beta1", "beta2", "batch_size",
-                 "gradient_accumulation_steps"):
-        saved[name], now[name] = state["args"][name], getattr(args, name)
-    for name, value in now.items():
-        if value != saved[name]:
-            sys.exit(f"--{name}={value} cannot be resumed into, the checkpoint has {saved[name]}: "
-                     "leave the flag out, or start anew without --resume")
-    if state["step"] > args.max_steps:
-        sys.exit(f"the checkpoint has {state['step']} steps: give more --max_steps")
+# ---- the training ----
 
-
-def open_log(path, start):
-    """Open log.csv to append. Keep its rows up to step `start`: those after it come again."""
-    rows = []
-    if path.exists():
-        with open(path, newline="") as file:
-            whole = [row for row in csv.DictReader(file) if None not in row.values()]
-        rows = [row for row in whole if int(row["step"]) <= start]
-    part = path.with_name(path.name + ".tmp")
-    with open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
-    return open(path, "a", newline="")
-
-
-def main():
-    # the flags, the device, the data
-    args = get_args()
-    out = Path(args.out_dir)
-    model, state = load_checkpoint(out / "ckpt.pt") if args.resume else (None, None)
-    if args.resume:
-        args = get_args(defaults=state["args"])
+def train(args):
+    # the machine: under torchrun this is one process of `world`, otherwise the only one
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = pick_device(args.device)
+    out = Path(args.out_dir)
+
+    # the data, the model, its optimizers
     train_data, val_data, meta = load_data(args.data_dir)
     vocab_size = meta["vocab_size"]
-    if min(len(train_data), len(val_data)) <= args.block_size:
-        sys.exit(f"{args.data_dir} is too short for block_size={args.block_size}: "
-                 "use a smaller --block_size, or run python prepare.py on more text")
-    if args.preset and meta["tokenizer"] != "gpt2":
-        sys.exit("presets are for GPT-2's tokens: run python prepare.py --tokenizer=gpt2")
-    if args.init_from and args.vocab_size != vocab_size:
-        sys.exit(f"{args.init_from} has {args.vocab_size} tokens, {args.data_dir} {vocab_size}: "
-                 "run python prepare.py --tokenizer=gpt2")
-    sequences = args.batch_size * args.gradient_accumulation_steps  # of a step
-    if sequences % world:
-        sys.exit(f"{world} processes cannot share {sequences} sequences: change --batch_size")
-
-    # the model and its optimizers
+    model, state = load_checkpoint(out / "ckpt.pt") if args.resume else (None, None)
+    check(args, train_data, val_data, meta, state, world)
     torch.manual_seed(args.seed)
     config = get_config(args, vocab_size)
-    if args.resume:
-        check_resumed(args, config, model, state, meta)
-    elif args.init_from:
+    if args.init_from and not args.resume:
         model = from_pretrained(find_gpt2(args.init_from), args.init_layers, **asdict(config))
-    else:
+    elif not args.resume:
         model = GPT(config)
     model.to(device)
-    betas = (args.beta1, args.beta2)
-    optimizers = configure_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
-                                      betas)
-    start, seconds, best, last_eval = 0, 0.0, math.inf, {"step": None}
+    optimizers = configure_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
+    start, seconds = 0, 0.0
     if args.resume:
         start, seconds = state["step"], state["seconds"]
-        best, last_eval = state["best_val_loss"], state["last_eval"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     autocast, bf16 = set_up(model, args, device)
@@ -327,16 +300,14 @@ def main():
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # what is reported
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        log_file = open_log(out / "log.csv", start if args.resume else -1)
-        log = csv.DictWriter(log_file, COLUMNS)
     params = sum(p.numel() for p in model.parameters())
     mean_n_loop = ((args.n_loop_min or args.n_loop) + args.n_loop) / 2
-    flops, step_tokens = flops_per_token(config, mean_n_loop), sequences * args.block_size
+    flops = flops_per_token(config, mean_n_loop)
+    step_tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size
     peak = peak_flops(device) if bf16 else None
     bytes_per_token = meta["val"]["bytes"] / meta["val"]["tokens"]
     if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
         c = config
         print(f"n_layer={c.n_layer}, h[{c.loop_start}:{c.loop_end}] x {c.n_loop} ({c.residual}), "
               f"{params:,} parameters, {flops / 1e6:.1f} MFLOPs per token\n"
@@ -344,82 +315,79 @@ def main():
               f"{args.max_steps} steps of {step_tokens:,}, {world} x {device.type}, "
               f"{'bf16' if bf16 else 'float32'}", flush=True)
 
-    # the loop: report, evaluate, save, stop, then train. So what is saved is what was reported.
-    began, interval_began, interval_step = time.time() - seconds, time.time(), start
-    loss, norm, lr, saved = None, None, None, start
-    try:
-        for step in range(start, args.max_steps + 1):  # step: the number of updates done
-            last = step == args.max_steps
-            evaluating = (last or step % args.eval_interval == 0) and step != last_eval["step"]
-            logging = evaluating or (step % args.log_interval == 0 and step > start)
-            row = {"step": step, "tokens": step * step_tokens}
-            line = f"step {step}/{args.max_steps}"
-            if logging and step > start:
-                sums = torch.stack((loss, norm)).cpu().double()
-                if world > 1:
-                    dist.all_reduce(sums)
-                train_loss, grad_norm = (sums / world).tolist()
-                check_finite(step, train_loss + grad_norm)
-                speed = (step - interval_step) * step_tokens / (time.time() - interval_began)
-                left = timedelta(seconds=int((args.max_steps - step) * step_tokens / speed))
-                row |= {"lr": lr, "train_loss": train_loss, "grad_norm": grad_norm}
-                line += f" | loss {train_loss:.4f} | lr {lr:.1e} | norm {grad_norm:.2f}"
-                line += f" | {speed:,.0f} tokens/s"
-                line += f" | MFU {flops * speed / (peak * world):.1%}" if peak else ""
-                line += f" | {left} left"
-            if evaluating:
-                with autocast:
-                    loop_losses = evaluate(model, val_data, args, device, rank, world)
-                val_loss = loop_losses[-1]
-                check_finite(step, val_loss)
-                bits_per_byte = val_loss / math.log(2) / bytes_per_token
-                last_eval = {"step": step, "val_loss": val_loss, "bits_per_byte": bits_per_byte,
-                             "loop_losses": loop_losses}
-                is_best, best = val_loss < best, min(best, val_loss)
-                after_each = " ".join(f"{loss_n:.3f}" for loss_n in loop_losses)
-                row |= last_eval | {"loop_losses": " ".join(map(str, loop_losses))}
-                line += f" | val {val_loss:.4f}, {bits_per_byte:.3f} bits per byte"
-                line += f", after each loop {after_each}" if config.n_loop > 1 else ""
+    # report, evaluate, save, stop, then train: so what is saved is what was reported
+    began, loss, norm, lr = time.time() - seconds, None, None, None
+    interval_began, interval_step = time.time(), start
+    for step in range(start, args.max_steps + 1):  # step: the number of updates done
+        last = step == args.max_steps
+        evaluating = last or step % args.eval_interval == 0
+        logging = evaluating or step % args.log_interval == 0
+        line = f"step {step}/{args.max_steps}"
+        if logging and step > start:
+            sums = torch.stack((loss, norm)).cpu().double()
+            if world > 1:
+                dist.all_reduce(sums)
+            train_loss, grad_norm = (sums / world).tolist()
+            check_finite(step, train_loss + grad_norm)
+            speed = (step - interval_step) * step_tokens / (time.time() - interval_began)
+            left = timedelta(seconds=int((args.max_steps - step) * step_tokens / speed))
+            line += f" | loss {train_loss:.4f} | lr {lr:.1e} | norm {grad_norm:.2f}"
+            line += f" | {speed:,.0f} tokens/s"
+            line += f" | MFU {flops * speed / (peak * world):.1%}" if peak else ""
+            line += f" | {left} left"
+        if evaluating:
+            with autocast:
+                loop_losses = evaluate(model, val_data, args, device, rank, world)
+            val_loss = loop_losses[-1]
+            check_finite(step, val_loss)
+            bits_per_byte = val_loss / math.log(2) / bytes_per_token
+            after_each = " ".join(f"{loss_n:.3f}" for loss_n in loop_losses)
+            line += f" | val {val_loss:.4f}, {bits_per_byte:.3f} bits per byte"
+            line += f", after each loop {after_each}" if config.n_loop > 1 else ""
+        if logging:
+            interval_began, interval_step = time.time(), step
+        if logging and rank == 0:
+            print(line, flush=True)
+        if evaluating and rank == 0:
             seconds = time.time() - began
-            if logging and rank == 0:
-                print(line, flush=True)
-                log.writerow(row | {"seconds": round(seconds, 1)})
-                log_file.flush()
-            if evaluating and rank == 0:
-                state = {"step": step, "seconds": seconds, "best_val_loss": best,
-                         "last_eval": last_eval, "args": vars(args), "data": meta}
-                if is_best:
-                    save_checkpoint(out / "best.pt", model, **state)
-                states = [optimizer.state_dict() for optimizer in optimizers]
-                save_checkpoint(out / "ckpt.pt", model, **state, optimizers=states)
-                saved = step
-            if logging:
-                interval_began, interval_step = time.time(), step
-            if last:
-                break
+            save_checkpoint(out / "ckpt.pt", model, step=step, seconds=seconds, args=vars(args),
+                            data=meta, val_loss=val_loss,
+                            optimizers=[optimizer.state_dict() for optimizer in optimizers])
+        if last:
+            break
 
-            lr = get_lr(args, step)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-            torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)  # for dropout
-            x, y = get_batch(train_data, args, vocab_size, step, rank, world)
-            if device.type == "cuda":  # from pinned memory the copy waits for nothing
-                x, y = x.pin_memory(), y.pin_memory()
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            loss, norm = train_step(net, optimizers, x, y, args, autocast, get_n_loop(args, step))
-    except KeyboardInterrupt:
-        command = f"python train.py --resume --out_dir={out}"
-        message = f"stopped; {out}/ckpt.pt is of step {saved}: go on with {command}"
-        sys.exit(message if rank == 0 else 1)
+        lr = get_lr(args, step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)  # for dropout
+        x, y = get_batch(train_data, args, vocab_size, step, rank, world)
+        if device.type == "cuda":  # from pinned memory the copy waits for nothing
+            x, y = x.pin_memory(), y.pin_memory()
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        loss, norm = train_step(net, optimizers, x, y, args, autocast, get_n_loop(args, step))
 
     if world > 1:
         time.sleep(0.1)  # gloo's threads need Python's lock to end; its destructor holds it
         dist.destroy_process_group()
     if rank == 0:
         tokens = args.max_steps * step_tokens
-        print(json.dumps(last_eval | {"best_val_loss": best, "params": params, "tokens": tokens,
-                                      "flops": flops * tokens, "seconds": round(seconds, 1)}))
+        print(json.dumps({"step": step, "val_loss": val_loss, "bits_per_byte": bits_per_byte,
+                          "loop_losses": loop_losses, "params": params, "tokens": tokens,
+                          "flops": flops * tokens, "seconds": round(seconds, 1)}))
+
+
+def main():
+    args = get_args()
+    try:
+        train(args)
+    except KeyboardInterrupt:
+        path = Path(args.out_dir) / "ckpt.pt"
+        if int(os.environ.get("RANK", 0)) > 0 or not path.exists():
+            sys.exit("stopped before the first checkpoint")
+        _, state = load_checkpoint(path)
+        sys.exit(f"stopped; {path} is of step {state['step']}: go on with "
+                 f"python train.py --resume --out_dir={args.out_dir}")
 
 
 if __name__ == "__main__":
