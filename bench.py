@@ -45,7 +45,16 @@ from model import (
     pick_device,
 )
 from prepare import Parser, load_data, positive, write_json
-from train import PRESETS, get_args, get_config, peak_flops, set_up, train_step, windows
+from train import (
+    PRESETS,
+    get_args,
+    get_config,
+    mean_n_loop,
+    peak_flops,
+    set_up,
+    train_step,
+    windows,
+)
 
 # ---- speed: what a model costs ----
 
@@ -88,16 +97,16 @@ def measure(flags):
     config = get_config(args, getattr(args, "vocab_size", 50257 if args.preset else 257))
     torch.manual_seed(args.seed)
     x, y = torch.randint(config.vocab_size, (2, args.batch_size, args.block_size), device=device)
-    memory_before, began = memory(device), time.perf_counter()
+    memory_before, began = peak_memory(device), time.perf_counter()
     model = GPT(config).to(device)
     optimizers = configure_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
     autocast, bf16 = set_up(model, args, device)
     step = partial(train_step, model, optimizers, x, y, args, autocast)
-    seconds(step, device)
+    time_of(step, device)
     start = time.perf_counter() - began
-    count = max(5, min(50, int(10 / seconds(step, device))))
-    times = [seconds(step, device) for _ in range(count)]
-    memory_used = memory(device) - memory_before
+    count = max(5, min(50, int(10 / time_of(step, device))))
+    times = [time_of(step, device) for _ in range(count)]
+    memory_used = peak_memory(device) - memory_before
 
     plain = GPT(config).to(device).eval()  # decoding: not compiled, half of the context as a prompt
     if bf16:
@@ -105,7 +114,7 @@ def measure(flags):
     count = min(128, args.block_size // 2)
     tokens = generate(plain, x[:1, :args.block_size // 2], count)
     next(tokens)  # reads the prompt
-    decoding = [seconds(partial(next, tokens), device) for _ in range(count - 1)]
+    decoding = [time_of(partial(next, tokens), device) for _ in range(count - 1)]
     name = torch.cuda.get_device_name() if device.type == "cuda" else (
         f"{device.type}, {torch.get_num_threads()} threads")
     print(json.dumps({"params": sum(p.numel() for p in model.parameters()), "start": start,
@@ -115,7 +124,7 @@ def measure(flags):
                       "device": f"{name}, {'bf16' if bf16 else 'float32'}"}))
 
 
-def seconds(work, device):
+def time_of(work, device):
     """How long work() takes on the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
@@ -126,7 +135,7 @@ def seconds(work, device):
     return time.perf_counter() - began
 
 
-def memory(device):
+def peak_memory(device):
     """The most bytes that were in use so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -199,7 +208,7 @@ def training_flops(flags, vocab_size):
     """The FLOPs of a step of training, and of all of it."""
     args = get_args(flags)
     tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size
-    step = flops_per_token(get_config(args, vocab_size)) * tokens
+    step = flops_per_token(get_config(args, vocab_size), mean_n_loop(args)) * tokens
     return step, step * args.max_steps
 
 
@@ -254,7 +263,9 @@ def train_run(label, flags, data_sha256, rate, seed):
     folder = Path("out-compare") / f"{args.n_layer}x{args.n_loop}-{key}"
     path = folder / "result.json"
     if not path.exists():
-        result = run_train_py(["--resume"] if (folder / "ckpt.pt").exists() else flags, folder)
+        gpus = torch.cuda.device_count() if pick_device(args.device).type == "cuda" else 0
+        resumed = (folder / "ckpt.pt").exists()
+        result = run_train_py(["--resume"] if resumed else flags, folder, gpus)
         write_json(path, result)
         for checkpoint in folder.glob("*.pt"):
             checkpoint.unlink()  # large, and no longer needed
@@ -264,8 +275,7 @@ def train_run(label, flags, data_sha256, rate, seed):
     return result
 
 
-def run_train_py(flags, folder):
-    gpus = torch.cuda.device_count()
+def run_train_py(flags, folder, gpus):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     script = str(Path(__file__).with_name("train.py"))
     command = [sys.executable, *(launch if gpus > 1 else []), script, *flags, f"--out_dir={folder}"]
@@ -286,7 +296,7 @@ def study(data_sha256, seeds, sweep, model):
     train = partial(train_run, *model, data_sha256)
     best = get_args(model[1]).learning_rate
     trials = {}  # {rate: loss at seed 0}
-    while sweep:
+    while sweep and len(trials) < 12:  # then all have diverged
         untried = [rate for rate in (best, best / 2, best * 2) if rate not in trials]
         if not untried:
             break
@@ -326,20 +336,21 @@ def compare(flags):
                            key=lambda model: training_flops(model[1], meta["vocab_size"])[1])
     work = partial(study, meta["train"]["sha256"], args.seeds, args.sweep)
     with ThreadPoolExecutor(workers) as pool:
-        done = dict(zip(dict(longest_first), pool.map(work, longest_first), strict=True))
+        results = list(pool.map(work, longest_first))
+    done = {label: row for (label, _), row in zip(longest_first, results, strict=True)}
     rows = {label: done[label] for label in models}
 
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{workers} CPU cores"
     tokens = f"{meta['train']['tokens']:,} {meta['tokenizer']} tokens"
     head = (f"{meta['dataset']}, {tokens}; {base.n_embd} wide; seeds 0 to {args.seeds - 1}; "
             f"{machine}, torch {torch.__version__}")
-    changed = [flag.lstrip("-") for flag in extra if not flag.startswith("--data_dir")]
-    name = "-".join([args.scale, args.what, *changed]).replace("/", "_")
-    path = Path("results") / f"{name}.json"
+    name = "-".join([args.scale, args.what, *(flag.lstrip("-") for flag in extra)])
+    path = Path("results") / f"{name.replace('/', '_')}.json"
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"setting": head, "command": ["bench.py", "compare", *flags], "data": meta,
                       "models": rows})
     print_table(head, rows, args)
+    print(f"written: {path}")
     plot(args.what, rows, args.title or head, path.with_suffix(".png"))
 
 
@@ -387,8 +398,8 @@ def plot(what, rows, title, path):
         right.legend()
     elif what == "loops":
         axes = figure.subplots()
-        loops = [len(run["loop_losses"]) for run in runs]
-        axes.errorbar(loops, means, spreads, fmt="o-", capsize=3)
+        n_loops = [len(run["loop_losses"]) for run in runs]
+        axes.errorbar(n_loops, means, spreads, fmt="o-", capsize=3)
         axes.set(xlabel="loops", ylabel="validation loss, nats")
     else:
         axes = figure.subplots()
@@ -398,7 +409,7 @@ def plot(what, rows, title, path):
     for axes in figure.axes:
         axes.grid(alpha=0.4)
     figure.savefig(path, dpi=120)
-    print(f"written: {path.with_suffix('.json')} and {path}")
+    print(f"written: {path}")
 
 
 COMMANDS = {"speed": speed, "measure": measure, "loops": loops, "compare": compare}

@@ -6,8 +6,8 @@ through the same blocks n_loop times, and each pass adds a residual to the state
 
     x(n) = x(n-1) + f(x(n-1)),    n = 1 .. n_loop
 
-The parameters stay the same, the compute grows. In this file that is one field of GPTConfig,
-one `for` in GPT.states, and the equation itself in GPT.loop.
+The parameters stay the same, the compute grows. In this file that is one `for` in GPT.states, and
+the equation itself in GPT.loop.
 
     model = GPT(GPTConfig(n_layer=6, n_loop=6))     # the paper's 81M model
     logits, loss = model(idx, targets)              # (B, T, V), ()
@@ -56,9 +56,10 @@ class GPTConfig:
         if not 0 <= self.loop_start < self.loop_end <= self.n_layer:
             raise ValueError(f"loop_start={self.loop_start}, loop_end={self.loop_end} must satisfy "
                              f"0 <= loop_start < loop_end <= n_layer={self.n_layer}")
-        if self.n_loop < 1 or self.residual not in RESIDUALS:
-            raise ValueError(f"n_loop={self.n_loop} must be at least 1, and residual="
-                             f"{self.residual} one of {', '.join(RESIDUALS)}")
+        if self.n_loop < 1:
+            raise ValueError(f"n_loop={self.n_loop} must be at least 1")
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"residual={self.residual} must be one of {', '.join(RESIDUALS)}")
 
 
 class CausalSelfAttention(nn.Module):
@@ -137,30 +138,30 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def blocks(self, start, end, x, scale=1.0, cache=None, n=0):
-        """Send a state through the blocks h[start:end], in loop n."""
+        """Send a state (B, T, C) through h[start:end]. n tells the cache which loop this is."""
         scale = torch.full((), scale, device=x.device)
         for i in range(start, end):
             x = self.h[i](x, scale, cache, (n, i))
         return x
 
-    def loop(self, x, N, n, cache=None):
-        """One loop of N, counted n = 0 .. N-1: a state -> the next one, both (B, T, C).
+    def loop(self, x, n, N, cache=None):
+        """Loop n of N, counted from 0: a state -> the next one, both (B, T, C).
 
         One pass through the looped blocks is stack(x) = x + g(x). arXiv 2409.14199 asks for
         x(n) = x(n-1) + f(x(n-1)) and leaves f open. These are the ways to read it.
         """
         c = self.config
-        # scaled: every attention and MLP output joins the stream times 1/N
         scale = 1 / N if c.residual == "scaled" else 1.0
         y = self.blocks(c.loop_start, c.loop_end, x, scale, cache, n)   # stack(x)
         if c.residual == "mean":
-            # x(n) = x(n-1) + g(x(n-1)) / N      f = g / N, an Euler step: N of them make one unit
+            # x(n) = x(n-1) + g(x(n-1)) / N      f = g / N, an Euler step of size 1/N
             return x.lerp(y, 1 / N)
         if c.residual == "outer":
             # x(n) = x(n-1) + stack(x(n-1))      f = stack, the equation to the letter
             return x + y
-        # sum and scaled
+        # sum
         # x(n) = x(n-1) + g(x(n-1))              f = g, the residual that the blocks have anyway
+        # scaled: the same, but every attention and MLP output was multiplied by 1/N inside g
         return y
 
     def states(self, idx, n_loop=None, cache=None):
@@ -179,9 +180,9 @@ class GPT(nn.Module):
         x = self.blocks(0, c.loop_start, x, cache=cache)
         for n in range(N):
             if self.checkpoint_loops and torch.is_grad_enabled() and n < N - 1:
-                x = checkpoint(self.loop, x, N, n, use_reentrant=False)
+                x = checkpoint(self.loop, x, n, N, cache, use_reentrant=False)
             else:
-                x = self.loop(x, N, n, cache)
+                x = self.loop(x, n, N, cache)
             yield x
 
     def readout(self, x, targets=None, cache=None):
@@ -218,6 +219,7 @@ class KVCache:
     """The keys and values of the positions so far, so that a new token costs one position.
 
     There is one entry for each (loop, block): a looped block sees another state at every loop.
+    generate advances length after a pass, when all blocks have stored theirs.
     """
 
     def __init__(self, max_length):
@@ -246,19 +248,18 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=Non
     temperature 0 takes the likeliest token, top_k draws among the k likeliest. The model sees its
     last block_size tokens. GPT-2's positions are absolute: once the window slides, every token in
     it has a new position, so nothing can be cached and a token costs the whole window.
-    forward replaces the model where one token continues a cache (sample.py exits early there).
+    forward is called in place of the model while there is a cache (sample.py exits early there).
     """
     block_size = model.config.block_size
+    forward = forward or model
     cache = KVCache(block_size)
     new = idx
     for _ in range(max_new_tokens):
         if idx.size(1) > block_size:
             logits, _ = model(idx[:, -block_size:], n_loop=n_loop)
-        elif cache.length == 0 or forward is None:
-            logits, _ = model(new, n_loop=n_loop, cache=cache)
         else:
             logits, _ = forward(new, n_loop=n_loop, cache=cache)
-        cache.length += new.size(1)
+            cache.length += new.size(1)
         new = draw(logits[:, -1].float(), temperature, top_k)
         idx = torch.cat((idx, new), dim=1)
         yield new
@@ -381,14 +382,18 @@ def from_pretrained(path, layers=None, **overrides):
     such as n_loop or a shorter block_size. Exits if the file is none of a GPT-2 of that shape.
     """
     shape, weights = read_gpt2(path, layers)
-    model = GPT(GPTConfig(**shape | overrides))
-    weights["wpe.weight"] = weights["wpe.weight"][:model.config.block_size]
+    config = GPTConfig(**shape | overrides)
+    for name, value in shape.items():
+        ours = getattr(config, name)
+        if ours != value and not (name == "block_size" and ours < value):
+            sys.exit(f"{path} has {name}={value}, not {ours}: leave --{name} out"
+                     + (", or choose blocks with --init_layers" if name == "n_layer" else ""))
+    model = GPT(config)
+    weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        sys.exit(f"{path} does not hold a GPT-2 of this shape (for fewer blocks: --init_layers): "
-                 f"{reason}")
+        sys.exit(f"{path} is not a GPT-2: {' '.join(str(error).split())[:200]}")
     return model
 
 
@@ -404,6 +409,9 @@ def read_gpt2(path, layers=None):
     found = sorted({int(name.split(".")[1]) for name in weights if name.startswith("h.")})
     if not found or not {"wte.weight", "wpe.weight"} <= weights.keys():
         sys.exit(f"{path} is not a GPT-2: it lacks h, wte.weight or wpe.weight")
+    vocab_size, n_embd = weights["wte.weight"].shape
+    if n_embd % 64:
+        sys.exit(f"{path} is not a GPT-2: its heads are 64 wide, {n_embd} is no multiple")
     layers = found if layers is None else layers
     if not set(layers) <= set(found):
         sys.exit(f"{path} has the blocks 0 to {found[-1]}, not all of {layers}")
@@ -411,8 +419,7 @@ def read_gpt2(path, layers=None):
     for i, layer in enumerate(layers):
         old, new = f"h.{layer}.", f"h.{i}."
         chosen |= {name.replace(old, new): t for name, t in weights.items() if name.startswith(old)}
-    vocab_size, n_embd = weights["wte.weight"].shape
-    shape = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": max(1, n_embd // 64),
+    shape = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": n_embd // 64,
              "block_size": len(weights["wpe.weight"]), "bias": "ln_f.bias" in weights,
              "n_layer": len(layers)}
     return shape, chosen
@@ -438,5 +445,5 @@ def read_safetensors(path):
             raw = data[begin:end].clone()  # a view as another dtype must be aligned
             tensors[name] = raw.view(dtypes[info["dtype"]]).view(info["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        sys.exit(f"{path} is no whole .safetensors file ({error}): delete it and download it again")
+        sys.exit(f"{path} is no whole .safetensors file ({error}): name gpt2, or another file")
     return tensors

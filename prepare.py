@@ -12,9 +12,9 @@ A hash of its text decides to which split a document belongs: one in ten is for 
 2,000 of OpenWebText. A source of fewer than 100 documents is too small for that: each document is
 cut at 90% instead.
 
-Documents are tokenized on all cores, slab by slab, so that a source may be larger than memory. One
-document is held whole. Downloads are kept in ~/.cache/loop-gpt2: after an interruption the same
-command completes them, and tokenizes again.
+Documents are tokenized on all cores, 16 million characters at a time, so a source may be larger
+than memory. One document is held whole, and at the start the first 100. Downloads are kept in
+~/.cache/loop-gpt2: after an interruption the same command completes them, and tokenizes again.
 """
 import argparse
 import hashlib
@@ -51,7 +51,7 @@ def get_tokenizer(name):
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # no network, or a damaged download
         sys.exit(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): "
-                 "connect once, or use bytes: python prepare.py --tokenizer=byte")
+                 "connect once, or train on bytes: python prepare.py --tokenizer=byte")
 
 
 def split_documents(documents, one_in):
@@ -99,7 +99,6 @@ def token_stream(source, tokenizer, shards):
 
 def write_data(folder, source, tokenizer, shards):
     """Write a source's tokens to folder, each file beside and then renamed, meta.json last."""
-    folder.mkdir(parents=True, exist_ok=True)
     parts = {split: folder / f"{split}.bin.tmp" for split in SPLITS}
     meta = {"dataset": source, "tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab}
     meta |= {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
@@ -107,6 +106,7 @@ def write_data(folder, source, tokenizer, shards):
     lengths = np.zeros(tokenizer.n_vocab, np.int64)  # of each token in bytes; EOT is no text
     lengths[:tokenizer.eot_token] = [len(tokenizer.decode_single_token_bytes(i))
                                      for i in range(tokenizer.eot_token)]
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with open(parts["train"], "wb") as train, open(parts["val"], "wb") as val:
             files = {"train": train, "val": val}
@@ -123,7 +123,7 @@ def write_data(folder, source, tokenizer, shards):
             os.replace(parts[split], folder / f"{split}.bin")
         write_json(folder / "meta.json", meta)
     except OSError as error:  # a full disk, a file that may not be read
-        sys.exit(f"{error}: nothing was written, the data of before are kept")
+        sys.exit(f"{folder} could not be written: {error}")
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
@@ -146,11 +146,12 @@ def load_data(data_dir):
         for split in SPLITS:
             path, size = folder / f"{split}.bin", 2 * meta[split]["tokens"]
             if path.stat().st_size != size:
-                sys.exit(f"{path} has {path.stat().st_size} bytes, not {size}: {remedy}")
+                sys.exit(f"{path} has {path.stat().st_size} bytes, not {size}: "
+                         f"run python prepare.py {meta['dataset']} --data_dir={data_dir}")
             arrays.append(np.memmap(path, dtype=np.uint16, mode="r"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         sys.exit(f"no data yet, {error.filename} is missing: {remedy}")
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         sys.exit(f"{folder / 'meta.json'} is damaged: {remedy}")
     return *arrays, meta
 
@@ -192,7 +193,7 @@ def find_files(source):
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        sys.exit(f"{source} is neither a file nor a folder: without one use python prepare.py")
+        sys.exit(f"{source} is neither a file nor a folder: for Python's library name none")
     files = []
     for path in sorted(folder.rglob(pattern)):
         parts = path.relative_to(folder).parts
@@ -289,9 +290,10 @@ def download(url, sha256=None, hint="run the same command again to go on"):
         except requests.RequestException as error:
             status = None if error.response is None else error.response.status_code
             offline = status is None and not part.exists()
+            reason = f"HTTP {status}" if status else type(error).__name__
             if wait is None or offline or status not in (None, 429, 500, 502, 503, 504):
-                reason = f"HTTP {status}" if status else type(error).__name__
                 sys.exit(f"{url} could not be downloaded ({reason}): {hint}")
+            print(f"{reason}, once more in {wait} s", file=sys.stderr)
             time.sleep(wait)
     with open(part, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -376,7 +378,9 @@ def main():
     args = parser.parse_args()
     shards = SHARDS.get(args.source)
     if args.shards and not (shards and args.shards <= shards):
-        parser.error("openwebtext has up to 21 --shards, fineweb 103, other sources none")
+        parser.error(f"--shards={args.shards}: openwebtext has 1 to 21, fineweb 103, others none")
+    if Path(args.data_dir).is_file():
+        parser.error(f"--data_dir={args.data_dir} is a file: name a folder")
     if args.source == "fineweb" and args.tokenizer == "byte":
         parser.error("fineweb comes in GPT-2's tokens, leave out --tokenizer=byte")
     tokenizer = get_tokenizer(args.tokenizer or ("gpt2" if shards else "byte"))

@@ -41,29 +41,35 @@ def get_args():
     args = parser.parse_args()
     if args.exit_kl is not None and (args.show_loops or args.plot):
         parser.error("--show_loops and --plot show all loops, leave out --exit_kl")
+    if args.plot and not (args.plot.endswith(".png") and Path(args.plot).parent.is_dir()):
+        parser.error(f"--plot={args.plot} must be a .png in a folder that exists")
     return args
 
 
 # ---- early exit ----
 
 def exit_early(model, exit_kl, loops, idx, n_loop=None, cache=None):
-    """model(idx, n_loop, cache) for one token, idx (1, 1), that stops looping once it has settled.
+    """model(idx, n_loop, cache) that stops looping for one token, idx (1, 1), once it has settled.
 
-    It leaves after loop n >= 2 if KL(p(n) || p(n-1)) < exit_kl for its predictions p. For skipped
-    loops, reuse the keys and values of the token's last loop. The number of loops that were taken
-    is appended to the list loops.
+    It leaves after loop n, counted from 0, if n >= 1 and KL(p(n) || p(n-1)) < exit_kl for its
+    predictions p. For skipped loops, reuse the keys and values of the token's last loop. The number
+    of loops that were taken is appended to the list loops. A prompt, idx (1, T), takes all.
     """
     c, last_log_p = model.config, None
-    for n, x in enumerate(model.states(idx, n_loop, cache), start=1):
+    N = n_loop or c.n_loop
+    if idx.size(1) > 1 or cache.length == 0:
+        loops.append(N)
+        return model(idx, n_loop=N, cache=cache)
+    for n, x in enumerate(model.states(idx, N, cache)):
         logits, _ = model.readout(x, cache=cache)   # (1, 1, V)
         log_p = logits.float().log_softmax(-1)
-        if n > 1 and F.kl_div(last_log_p, log_p, reduction="sum", log_target=True) < exit_kl:
+        if n > 0 and F.kl_div(last_log_p, log_p, reduction="sum", log_target=True) < exit_kl:
             break
         last_log_p = log_p
-    loops.append(n)
-    for skipped in range(n, n_loop or c.n_loop):
+    loops.append(n + 1)
+    for skipped in range(n + 1, N):
         for i in range(c.loop_start, c.loop_end):
-            last, entry = cache.entries[n - 1, i], cache.entries[skipped, i]
+            last, entry = cache.entries[n, i], cache.entries[skipped, i]
             entry[:, :, :, cache.length] = last[:, :, :, cache.length]
     return logits, None
 
@@ -163,8 +169,9 @@ def write_sample(model, tokenizer, idx, args, room):
         text = decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
         print(text, end="", flush=True)
     print(decoder.decode(b"", final=True), flush=True)
-    new = len(tokens) - 1
-    mean = f", {sum(loops) / len(loops):.2f} loops a token" if loops else ""
+    new, N = len(tokens) - 1, args.n_loop or model.config.n_loop
+    loops += [N] * (new - len(loops))  # beyond the context, each takes all
+    mean = "" if args.exit_kl is None else f", {sum(loops) / new:.2f} loops a token"
     print(f"({new} tokens, {new / (time.time() - began):,.0f} a second{mean})", file=sys.stderr)
     return torch.cat(tokens, dim=1)
 
@@ -202,4 +209,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

@@ -1,13 +1,13 @@
 """
 Tokens to a model: trains GPT-2 or a Loop Neural Network on what prepare.py wrote.
 
-    python train.py --n_loop=6                                     the default, for two CPU cores
+    python train.py --n_loop=6                                     six loops, for two CPU cores
     python train.py --resume                                       go on from out/ckpt.pt, exactly
     python train.py --preset=gpt2-81m-loop                         a model of the paper, on one GPU
     torchrun --nproc_per_node=8 train.py --preset=gpt2-81m-loop    the same training on eight
 
-The same flags give the same training on any number of processes, but for the draws of dropout:
-they share a step's sequences.
+Several processes share the sequences of a step. So the same flags give the same training on any
+number of them, but for the draws of dropout.
 """
 import argparse
 import json
@@ -70,7 +70,7 @@ def make_parser():
     add("--out_dir", default="out", help="where ckpt.pt goes, at each evaluation")
     add("--resume", action="store_true", help="go on from ckpt.pt of out_dir")
     add("--init_from", help="start from gpt2, gpt2-medium, -large, -xl or a model.safetensors")
-    add("--init_layers", type=numbers, help="the blocks of init_from to take, such as 0,2,4")
+    add("--init_layers", type=comma_separated_numbers, help="the blocks to take, such as 0,2,4")
     # the model
     add("--n_layer", type=positive, default=1, help="blocks")
     add("--n_head", type=positive, default=3, help="attention heads")
@@ -104,8 +104,7 @@ def make_parser():
     return parser
 
 
-def numbers(text):
-    """The type of a list: "0,2,4" is [0, 2, 4]."""
+def comma_separated_numbers(text):
     return [int(number) for number in text.split(",")]
 
 
@@ -117,15 +116,16 @@ def get_args(argv=None):
         parser.set_defaults(**PRESETS[args.preset])
     if args.init_from:
         shape, _ = read_gpt2(find_gpt2(args.init_from), args.init_layers)
-        parser.set_defaults(**shape)
+        parser.set_defaults(**shape, optimizer="adamw", learning_rate=3e-5)
     if args.resume:
         _, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt")
-        parser.set_defaults(**state["args"])
+        parser.set_defaults(**state["args"] | {"out_dir": args.out_dir})
     args = parser.parse_args(argv)
-    for name, saved in (state["args"] if args.resume else {}).items():
-        if name not in FREE and getattr(args, name) != saved:
-            parser.error(f"--{name}={getattr(args, name)} cannot be resumed into, the checkpoint "
-                         f"has {saved}: leave the flag out, or start anew without --resume")
+    if args.resume:
+        for name, saved in state["args"].items():
+            if name not in FREE and getattr(args, name) != saved:
+                parser.error(f"--{name}={getattr(args, name)} cannot be resumed into, the "
+                             f"checkpoint has {saved}: leave the flag out, or --resume")
     if args.n_loop_min and args.n_loop_min > args.n_loop:
         parser.error(f"--n_loop_min={args.n_loop_min} must not be above --n_loop={args.n_loop}")
     if args.init_layers and not args.init_from:
@@ -173,6 +173,10 @@ def get_n_loop(args, step):
     return int(rng.integers(args.n_loop_min, args.n_loop, endpoint=True))
 
 
+def mean_n_loop(args):
+    return ((args.n_loop_min or args.n_loop) + args.n_loop) / 2
+
+
 def get_lr(args, step):
     """The learning rate of a step, counted from 0: a linear warm-up, then half a cosine."""
     if step < args.warmup_steps:
@@ -204,7 +208,8 @@ def train_step(net, optimizers, x, y, args, autocast, n_loop=None):
     loss = torch.zeros((), device=x.device)
     for i in range(0, len(x), args.batch_size):
         part_x, part_y = x[i:i + args.batch_size], y[i:i + args.batch_size]
-        net.require_backward_grad_sync = i + args.batch_size >= len(x)  # DDP: exchange once a step
+        # DDP exchanges gradients once a step, a plain model ignores this
+        net.require_backward_grad_sync = i + args.batch_size >= len(x)
         with autocast:
             part = net(part_x, part_y, n_loop)[1] * (len(part_x) / len(x))
         part.backward()
@@ -220,7 +225,8 @@ def train_step(net, optimizers, x, y, args, autocast, n_loop=None):
 
 def set_up(model, args, device):
     """Set compilation, checkpointing and precision. Return (autocast, whether it is bf16)."""
-    torch.set_float32_matmul_precision("high")  # TF32 where there is one
+    # high: TF32 where there is one
+    torch.set_float32_matmul_precision("highest" if args.dtype == "float32" else "high")
     on_cuda = device.type == "cuda"
     if args.compile or (args.compile is None and on_cuda and find_spec("triton")):
         compile_blocks(model)
@@ -232,10 +238,11 @@ def set_up(model, args, device):
 
 def peak_flops(device):
     """Dense bf16 operations per second that the maker states, or None for a device not listed."""
-    peaks = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+    peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
              "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in peaks.items() if key in name), None)
+    words = f" {name.replace('-', ' ')} "
+    return next((peak for key, peak in peaks.items() if f" {key} " in words), None)
 
 
 def check(args, train_data, val_data, meta, state, world):
@@ -245,16 +252,19 @@ def check(args, train_data, val_data, meta, state, world):
         sys.exit(f"{args.data_dir} is too short for block_size={args.block_size}: "
                  "use a smaller --block_size, or run python prepare.py on more text")
     if args.preset and meta["tokenizer"] != "gpt2":
-        sys.exit(f"{tokens}, presets are for GPT-2's: run python prepare.py --tokenizer=gpt2")
+        sys.exit(f"{tokens}, presets are for GPT-2's: run python prepare.py openwebtext, or "
+                 "another text with --tokenizer=gpt2")
     if args.init_from and args.vocab_size != meta["vocab_size"]:
-        sys.exit(f"{tokens}, {args.init_from} has {args.vocab_size}: "
-                 "run python prepare.py --tokenizer=gpt2")
+        sys.exit(f"{tokens}, {args.init_from} has {args.vocab_size}: run python prepare.py "
+                 "openwebtext, or another text with --tokenizer=gpt2")
+    if Path(args.out_dir).is_file():
+        sys.exit(f"--out_dir={args.out_dir} is a file: name a folder")
     if args.batch_size * args.gradient_accumulation_steps % world:
         sys.exit(f"{world} processes cannot share the sequences of a step equally: "
                  "change --batch_size or --gradient_accumulation_steps")
     if args.resume and any(state["data"][split] != meta[split] for split in ("train", "val")):
-        sys.exit(f"{args.data_dir} is not the data of the checkpoint: write that again with python "
-                 f"prepare.py {state['data']['dataset']}, or start anew without --resume")
+        sys.exit(f"{args.data_dir} is not the data of the checkpoint, {state['data']['dataset']} "
+                 f"in {state['data']['tokenizer']} tokens: give its --data_dir, or start anew")
     if args.resume and state["step"] > args.max_steps:
         sys.exit(f"the checkpoint has {state['step']} steps: give more --max_steps")
 
@@ -301,8 +311,7 @@ def train(args):
 
     # what is reported
     params = sum(p.numel() for p in model.parameters())
-    mean_n_loop = ((args.n_loop_min or args.n_loop) + args.n_loop) / 2
-    flops = flops_per_token(config, mean_n_loop)
+    flops = flops_per_token(config, mean_n_loop(args))
     step_tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size
     peak = peak_flops(device) if bf16 else None
     bytes_per_token = meta["val"]["bytes"] / meta["val"]["tokens"]
@@ -316,8 +325,8 @@ def train(args):
               f"{'bf16' if bf16 else 'float32'}", flush=True)
 
     # report, evaluate, save, stop, then train: so what is saved is what was reported
-    began, loss, norm, lr = time.time() - seconds, None, None, None
-    interval_began, interval_step = time.time(), start
+    run_began, interval_began, interval_step = time.time() - seconds, time.time(), start
+    loss, norm, lr = None, None, None
     for step in range(start, args.max_steps + 1):  # step: the number of updates done
         last = step == args.max_steps
         evaluating = last or step % args.eval_interval == 0
@@ -344,15 +353,15 @@ def train(args):
             after_each = " ".join(f"{loss_n:.3f}" for loss_n in loop_losses)
             line += f" | val {val_loss:.4f}, {bits_per_byte:.3f} bits per byte"
             line += f", after each loop {after_each}" if config.n_loop > 1 else ""
-        if logging:
-            interval_began, interval_step = time.time(), step
         if logging and rank == 0:
             print(line, flush=True)
         if evaluating and rank == 0:
-            seconds = time.time() - began
+            seconds = time.time() - run_began
+            states = [optimizer.state_dict() for optimizer in optimizers]
             save_checkpoint(out / "ckpt.pt", model, step=step, seconds=seconds, args=vars(args),
-                            data=meta, val_loss=val_loss,
-                            optimizers=[optimizer.state_dict() for optimizer in optimizers])
+                            data=meta, optimizers=states)
+        if logging:
+            interval_began, interval_step = time.time(), step
         if last:
             break
 
@@ -360,7 +369,8 @@ def train(args):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)  # for dropout
+        # for dropout: another number for each seed, step and process
+        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
         x, y = get_batch(train_data, args, vocab_size, step, rank, world)
         if device.type == "cuda":  # from pinned memory the copy waits for nothing
             x, y = x.pin_memory(), y.pin_memory()
@@ -368,7 +378,7 @@ def train(args):
         loss, norm = train_step(net, optimizers, x, y, args, autocast, get_n_loop(args, step))
 
     if world > 1:
-        time.sleep(0.1)  # gloo's threads need Python's lock to end; its destructor holds it
+        time.sleep(0.1)  # lets gloo's threads end: they could hang in the next line
         dist.destroy_process_group()
     if rank == 0:
         tokens = args.max_steps * step_tokens
@@ -383,7 +393,9 @@ def main():
         train(args)
     except KeyboardInterrupt:
         path = Path(args.out_dir) / "ckpt.pt"
-        if int(os.environ.get("RANK", 0)) > 0 or not path.exists():
+        if int(os.environ.get("RANK", 0)) > 0:
+            sys.exit(1)  # the first process speaks
+        if not path.exists():
             sys.exit("stopped before the first checkpoint")
         _, state = load_checkpoint(path)
         sys.exit(f"stopped; {path} is of step {state['step']}: go on with "
