@@ -391,10 +391,11 @@ def plot(what, rows, title, path):
                     for run, mean, spread in zip(runs, means, spreads, strict=True)
                     if len(run["loop_losses"]) == n]
             tokens, flops, y, yerr = zip(*line, strict=True)
-            left.errorbar(tokens, y, yerr, fmt="o-", capsize=3, label=f"{n} loops")
-            right.errorbar(flops, y, yerr, fmt="o-", capsize=3, label=f"{n} loops")
+            left.errorbar(tokens, y, yerr, fmt="o-", capsize=3, label=f"n_loop = {n}")
+            right.errorbar(flops, y, yerr, fmt="o-", capsize=3, label=f"n_loop = {n}")
         left.set(xscale="log", xlabel="tokens a parameter", ylabel="validation loss, nats")
         right.set(xscale="log", xlabel="FLOPs of training")
+        right.tick_params(which="minor", labelbottom=False)
         right.legend()
     elif what == "loops":
         axes = figure.subplots()

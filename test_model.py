@@ -1265,7 +1265,7 @@ def test_bench_measures_what_its_flags_describe(tmp_path):
     figures = json.loads(finish("bench.py", "measure", *flags, cwd=tmp_path).splitlines()[-1])
     config = GPTConfig(32, 257, 3, 2, 32, n_loop=4, loop_start=1)
     assert figures["params"] == sum(p.numel() for p in GPT(config).parameters())
-    assert figures["flops"] == flops_per_token(config) and figures["tokens"] == 4 * 32
+    assert figures["flops"] == flops_per_token(config) and figures["tokens"] == 8 * 32
     assert figures["decode"] > 0 and figures["memory"] >= 0
     assert figures["start"] > figures["step"] > 0
     table = finish("bench.py", "speed", *flags, cwd=tmp_path).splitlines()
