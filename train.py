@@ -94,7 +94,7 @@ def make_parser():
     add("--grad_clip", type=not_negative, default=1.0, help="highest norm of a gradient; 0: any")
     add("--seed", type=natural, default=0, help="of weights, batches and dropout")
     # reports and the machine
-    add("--eval_interval", type=positive, default=1500, help="steps between evaluations, each saved")
+    add("--eval_interval", type=positive, default=1500, help="steps between evaluations and saves")
     add("--eval_iters", type=positive, default=100, help="batches in an evaluation")
     add("--log_interval", type=positive, default=300, help="steps between lines of progress")
     add("--device", default="auto", help="cpu, cuda, mps; auto takes the best that is there")
