@@ -67,8 +67,10 @@ def speed(flags):
     small = pick_device("auto").type == "cpu"
     rows = {"these flags": flags}
     if not flags:
-        rows = {name: [*SMALL, *layout(preset["n_layer"], preset["n_loop"])] if small
-                else [f"--preset={name}"] for name, preset in PRESETS.items()}
+        rows = {name: [f"--preset={name}"] for name in PRESETS}
+    if not flags and small:
+        layouts = [(preset["n_layer"], preset["n_loop"]) for preset in PRESETS.values()]
+        rows = {f"{a} x {n}, small": [*SMALL, *layout(a, n)] for a, n in layouts}
     first = None
     for name, row_flags in rows.items():
         with tempfile.TemporaryDirectory() as empty:  # nothing compiled before
