@@ -125,7 +125,7 @@ def get_args(argv=None):
         for name, saved in state["args"].items():
             if name not in FREE and getattr(args, name) != saved:
                 parser.error(f"--{name}={getattr(args, name)} cannot be resumed into, the "
-                             f"checkpoint has {saved}: leave the flag out, or --resume")
+                             f"checkpoint has {saved}: leave out the flag, or --resume")
     if args.n_loop_min and args.n_loop_min > args.n_loop:
         parser.error(f"--n_loop_min={args.n_loop_min} must not be above --n_loop={args.n_loop}")
     if args.init_layers and not args.init_from:
