@@ -7,15 +7,15 @@ What a model costs, what its loops bring, and what models learn when they are tr
     python bench.py compare --what=loops                    1 to 8 loops, equal parameters and data
     python bench.py compare --what=compute                  1 to 6 loops, equal compute
     python bench.py compare --what=paper --scale=small      the paper's pairs, at GPT-2's width
-    python bench.py compare --what=readings --n_embd=96     any flag of train.py, for all runs
+    python bench.py compare --what=readings --n_embd=96     other flags of train.py go to all runs
 
 speed measures each model in a process of its own, with nothing compiled before. start is the time
-to the first step, the other times are medians. memory is what training adds.
+until the first step is done, the other times are medians. memory is what training adds.
 
-compare gives every model the same data in the same order and the same evaluation. --sweep finds
-each its own learning rate: it tries rates a factor of two apart, with seed 0, until the best lies
-between two others. results/NAME.json records every trial. A finished run in out-compare/ is not
-repeated, an interrupted one goes on.
+compare gives every model the same data, for a seed in the same order, and the same evaluation.
+--sweep finds each its own learning rate: it tries rates a factor of two apart, with seed 0, until
+the best lies between two others. results/SCALE-WHAT.json records every trial. A finished run in
+out-compare/ is not repeated, an interrupted one goes on.
 """
 import hashlib
 import json
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import train
 from model import (
     GPT,
     OPTIMIZERS,
@@ -45,16 +46,6 @@ from model import (
     pick_device,
 )
 from prepare import Parser, load_data, positive, write_json
-from train import (
-    PRESETS,
-    get_args,
-    get_config,
-    mean_n_loop,
-    peak_flops,
-    set_up,
-    train_step,
-    windows,
-)
 
 # ---- speed: what a model costs ----
 
@@ -63,14 +54,14 @@ SMALL = ["--n_embd=128", "--n_head=4", "--no-bias", "--residual=sum", "--optimiz
 
 def speed(flags):
     """Print a table of the model that the flags describe, or of the paper's four models."""
-    get_args(flags)  # a wrong flag, or --help, ends here
-    small = pick_device("auto").type == "cpu"
-    rows = {"these flags": flags}
-    if not flags:
-        rows = {name: [f"--preset={name}"] for name in PRESETS}
-    if not flags and small:
-        layouts = [(preset["n_layer"], preset["n_loop"]) for preset in PRESETS.values()]
+    train.get_args(flags)  # a wrong flag, or --help, ends here
+    if flags:
+        rows = {"these flags": flags}
+    elif pick_device("auto").type == "cpu":
+        layouts = [(preset["n_layer"], preset["n_loop"]) for preset in train.PRESETS.values()]
         rows = {f"{a} x {n}, small": [*SMALL, *layout(a, n)] for a, n in layouts}
+    else:
+        rows = {name: [f"--preset={name}"] for name in train.PRESETS}
     first = None
     for name, row_flags in rows.items():
         with tempfile.TemporaryDirectory() as empty:  # nothing compiled before
@@ -94,16 +85,16 @@ def speed(flags):
 
 def measure(flags):
     """Print the figures of one model as a line of JSON: one micro-batch a step, then decoding."""
-    args = get_args(flags)
+    args = train.get_args(flags)
     device = pick_device(args.device)
-    config = get_config(args, getattr(args, "vocab_size", 50257 if args.preset else 257))
+    config = train.get_config(args, getattr(args, "vocab_size", 50257 if args.preset else 257))
     torch.manual_seed(args.seed)
     x, y = torch.randint(config.vocab_size, (2, args.batch_size, args.block_size), device=device)
     memory_before, began = peak_memory(device), time.perf_counter()
     model = GPT(config).to(device)
     optimizers = configure_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
-    autocast, bf16 = set_up(model, args, device)
-    step = partial(train_step, model, optimizers, x, y, args, autocast)
+    autocast, bf16 = train.set_up(model, args, device)
+    step = partial(train.train_step, model, optimizers, x, y, args, autocast)
     time_of(step, device)
     start = time.perf_counter() - began
     count = max(5, min(50, int(10 / time_of(step, device))))
@@ -122,18 +113,17 @@ def measure(flags):
     print(json.dumps({"params": sum(p.numel() for p in model.parameters()), "start": start,
                       "flops": flops_per_token(config), "step": np.median(times),
                       "memory": memory_used, "tokens": x.numel(), "decode": 1 / np.median(decoding),
-                      "peak": peak_flops(device) if bf16 else None,
+                      "peak": train.peak_flops(device) if bf16 else None,
                       "device": f"{name}, {'bf16' if bf16 else 'float32'}"}))
 
 
 def time_of(work, device):
     """How long work() takes on the device."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize()
     began = time.perf_counter()
     work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
+    synchronize()
     return time.perf_counter() - began
 
 
@@ -158,22 +148,31 @@ def loops(flags):
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps")
     args = parser.parse_args(flags)
     device = pick_device(args.device)
-    model, _ = load_checkpoint(Path(args.out_dir) / "ckpt.pt", device)
+    model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt", device)
     _, data, meta = load_data(args.data_dir)
     c = model.eval().config
     if meta["vocab_size"] != c.vocab_size or len(data) <= c.block_size:
         sys.exit(f"{args.data_dir} is not what the model was trained on: give its --data_dir")
-    after_each, passes = 0, 0
-    for start in np.linspace(0, len(data) - 1 - c.block_size, args.windows).astype(int):
-        x, y = (part.to(device) for part in windows(data, [start], c.block_size, c.vocab_size))
+    after_each, passes, right, asked = 0, 0, 0, 0
+    starts = np.linspace(0, len(data) - 1 - c.block_size, args.windows).astype(int)
+    for start in starts - starts % state["args"]["stride"]:
+        x, y = train.windows(data, [start], c.block_size, c.vocab_size)
+        x, y = x.to(device), y.to(device)
         after_each = after_each + per_loop(model, x, y) / args.windows
         losses = [model(x, y, n_loop=n)[1] for n in range(1, 2 * c.n_loop + 1)]
         passes = passes + torch.stack(losses).cpu() / args.windows
+        if meta["dataset"] == "hops":
+            right_here, asked_here = answers(model, x, y)
+            right, asked = right + right_here, asked + asked_here
     print(f"h[{c.loop_start}:{c.loop_end}] x {c.n_loop} ({c.residual}), {args.windows} windows of "
           f"{c.block_size} tokens\n{'loop':>4} {'val loss':>8} {'KL':>7} {'as final':>8}")
     for n, (loss, kl, same) in enumerate(after_each.tolist(), start=1):
         print(f"{n:4} {loss:8.4f} {kl:7.4f} {same:8.1%}")
     print(f"passes of 1 to {2 * c.n_loop} loops: {' '.join(f'{x:.4f}' for x in passes.tolist())}")
+    if meta["dataset"] == "hops":
+        print(f"right answers to {asked.sum()} questions of 1 to 6 hops, after each loop:")
+        for n, row in enumerate((right / asked).tolist(), start=1):
+            print(f"{n:4} " + " ".join(f"{share:6.1%}" for share in row))
 
 
 def per_loop(model, x, y):
@@ -189,6 +188,19 @@ def per_loop(model, x, y):
     return torch.stack((losses, kl, same), dim=1).cpu()
 
 
+def answers(model, x, y):
+    """The right answers after each loop, (N, 6), to the questions of 1 to 6 hops, (6,).
+
+    x and y (1, 58) are a document of prepare.make_hops and its targets. A question is the number of
+    hops, the letter to start from, and the answer.
+    """
+    hops = x[0].roll(1) - ord("0")                                              # (T,)
+    asked = torch.stack([hops == number for number in range(1, 7)]).float()     # (6, T)
+    guesses = [model.readout(state, y)[0].argmax(-1) for state in model.states(x)]
+    right = torch.cat(guesses) == y                                             # (N, T)
+    return (right.float() @ asked.T).cpu(), asked.sum(1).int().cpu()
+
+
 # ---- compare: models trained side by side ----
 
 PAPER = {"12 x 1": 3.12, "6 x 6": 3.11, "1 x 1": 3.98, "1 x 2": 3.67}  # losses, arXiv 2409.14199
@@ -199,7 +211,7 @@ SCALES = {  # what all runs share; tiny is for a CPU, small for one GPU, paper i
               "--max_steps=1200", "--warmup_steps=120", "--eval_iters=20"],
     "paper": ["--preset=gpt2-124m"],
 }
-BUDGETS = 5  # of compute, each 2.5 times the one before; the first is one pass of max_steps
+BUDGETS = 5  # of compute, each 2.5 times the last; the first is one pass of max_steps
 
 
 def layout(n_layer, n_loop):
@@ -207,21 +219,19 @@ def layout(n_layer, n_loop):
 
 
 def training_flops(flags, vocab_size):
-    """The FLOPs of a step of training, and of all of it."""
-    args = get_args(flags)
-    tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size
-    step = flops_per_token(get_config(args, vocab_size), mean_n_loop(args)) * tokens
-    return step, step * args.max_steps
+    """The FLOPs of a whole training."""
+    args = train.get_args(flags)
+    tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size * args.max_steps
+    return flops_per_token(train.get_config(args, vocab_size), train.mean_n_loop(args)) * tokens
 
 
 def equal_compute(flags, budget, vocab_size):
     """The flags, with as many steps as cost `budget` FLOPs.
 
-    The best rate falls with the number of steps, so the first guess is scaled by its root.
+    The best rate falls with the steps: the first guess goes as 1 / sqrt(steps), in factors of two.
     """
-    args = get_args(flags)
-    step, _ = training_flops(flags, vocab_size)
-    steps = round(budget / step)
+    args = train.get_args(flags)
+    steps = round(args.max_steps * budget / training_flops(flags, vocab_size))
     halvings = round(math.log2(steps / args.max_steps) / 2)
     rate = args.learning_rate / 2 ** halvings
     return [*flags, f"--max_steps={steps}", f"--learning_rate={rate:g}"]
@@ -233,7 +243,7 @@ def models_of(what, scale, shared, vocab_size):
         return {f"1 x {n}": [*shared, *layout(1, n)] for n in (1, 2, 3, 4, 6, 8)}
     models = {}
     if what == "compute":
-        _, least = training_flops([*shared, *layout(1, 1)], vocab_size)
+        least = training_flops([*shared, *layout(1, 1)], vocab_size)
         for budget in (least * 2.5 ** k for k in range(BUDGETS)):
             for n in (1, 2, 4, 6):
                 flags = equal_compute([*shared, *layout(1, n)], budget, vocab_size)
@@ -252,7 +262,7 @@ def models_of(what, scale, shared, vocab_size):
             # the controls: as deep without sharing, and one pass with the compute of the loops
             models[f"{n_layer * n_loop} x 1, unshared"] = [*shared, *layout(n_layer * n_loop, 1)]
             label = f"{plain} x 1, compute of {n_layer} x {n_loop}"
-            _, budget = training_flops(looped, vocab_size)
+            budget = training_flops(looped, vocab_size)
             models[label] = equal_compute(one_pass, budget, vocab_size)
     return models
 
@@ -260,7 +270,7 @@ def models_of(what, scale, shared, vocab_size):
 def train_run(label, flags, data_sha256, rate, seed):
     """Return the last line of train.py with these flags, as a dict; None if it diverged."""
     flags = [*flags, f"--learning_rate={rate:g}", f"--seed={seed}"]
-    args = get_args(flags)
+    args = train.get_args(flags)
     key = hashlib.sha256(json.dumps([vars(args), data_sha256]).encode()).hexdigest()[:12]
     folder = Path("out-compare") / f"{args.n_layer}x{args.n_loop}-{key}"
     path = folder / "result.json"
@@ -283,7 +293,7 @@ def run_train_py(flags, folder, gpus):
     command = [sys.executable, *(launch if gpus > 1 else []), script, *flags, f"--out_dir={folder}"]
     env = os.environ if gpus else os.environ | {"OMP_NUM_THREADS": "1"}  # a core for each run
     done = subprocess.run(command, text=True, capture_output=True, env=env)
-    if "smaller --learning_rate" in done.stderr:
+    if "smaller --learning_rate" in done.stderr:  # train.check_finite's message
         return None
     if done.returncode:
         sys.exit(f"the run in {folder} failed:\n{done.stderr}")
@@ -295,18 +305,18 @@ def study(data_sha256, seeds, sweep, model):
 
     The spread is half the distance of the best and the worst seed.
     """
-    train = partial(train_run, *model, data_sha256)
-    best = get_args(model[1]).learning_rate
+    train_at = partial(train_run, *model, data_sha256)
+    best = train.get_args(model[1]).learning_rate
     trials = {}  # {rate: loss at seed 0}
-    while sweep and len(trials) < 12:  # then all have diverged
+    while sweep and len(trials) < 12:  # a limit, if all diverge
         untried = [rate for rate in (best, best / 2, best * 2) if rate not in trials]
         if not untried:
             break
         for rate in untried:
-            result = train(rate, 0)
+            result = train_at(rate, 0)
             trials[rate] = result["val_loss"] if result else math.inf
         best = min(trials, key=lambda rate: (trials[rate], rate))  # the lowest if all diverged
-    runs = [train(best, seed) for seed in range(seeds)]
+    runs = [train_at(best, seed) for seed in range(seeds)]
     losses = [result["val_loss"] for result in runs if result]
     return {"learning_rate": best, "runs": runs,
             "mean": sum(losses) / len(losses) if losses else None,
@@ -327,7 +337,7 @@ def compare(flags):
     add("--title", help="of the picture")
     args, extra = parser.parse_known_args(flags)
     shared = [*SCALES[args.scale], *extra]
-    base = get_args(shared)
+    base = train.get_args(shared)
     _, _, meta = load_data(base.data_dir)
     if args.scale != "tiny" and meta["tokenizer"] != "gpt2":
         sys.exit(f"--scale={args.scale} is for GPT-2's tokens: python prepare.py --tokenizer=gpt2")
@@ -335,7 +345,7 @@ def compare(flags):
     device = pick_device(base.device)
     workers = os.cpu_count() if device.type == "cpu" else 1
     longest_first = sorted(models.items(), reverse=True,
-                           key=lambda model: training_flops(model[1], meta["vocab_size"])[1])
+                           key=lambda model: training_flops(model[1], meta["vocab_size"]))
     work = partial(study, meta["train"]["sha256"], args.seeds, args.sweep)
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(work, longest_first))

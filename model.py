@@ -101,7 +101,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x -> x + g(x), both (B, T, C): attention, then the MLP, each adds its output to x.
 
-    scale, a tensor (), multiplies both outputs. A number would compile a block once per value.
+    scale multiplies both outputs. It is a tensor (), since torch.compile would compile a block
+    again for every new number.
     """
 
     def __init__(self, config):
@@ -112,9 +113,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, scale, cache=None, key=None):
-        x = torch.addcmul(x, self.attn(self.ln_1(x), cache, key), scale)    # x + scale * attn(x)
-        x = torch.addcmul(x, self.mlp(self.ln_2(x)), scale)                 # x + scale * mlp(x)
-        return x
+        # x + scale * attn(ln_1(x)), then x + scale * mlp(ln_2(x))
+        x = torch.addcmul(x, self.attn(self.ln_1(x), cache, key), scale)
+        return torch.addcmul(x, self.mlp(self.ln_2(x)), scale)
 
 
 class GPT(nn.Module):
@@ -151,7 +152,7 @@ class GPT(nn.Module):
         x(n) = x(n-1) + f(x(n-1)) and leaves f open. These are the ways to read it.
         """
         c = self.config
-        scale = 1 / N if c.residual == "scaled" else 1.0
+        scale = 1 / N if c.residual == "scaled" else 1.0    # of every attention and MLP output
         y = self.blocks(c.loop_start, c.loop_end, x, scale, cache, n)   # stack(x)
         if c.residual == "mean":
             # x(n) = x(n-1) + g(x(n-1)) / N      f = g / N, an Euler step of size 1/N
@@ -161,7 +162,7 @@ class GPT(nn.Module):
             return x + y
         # sum
         # x(n) = x(n-1) + g(x(n-1))              f = g, the residual that the blocks have anyway
-        # scaled: the same, but every attention and MLP output was multiplied by 1/N inside g
+        # scaled: the same, with every attention and MLP output inside g times 1/N
         return y
 
     def states(self, idx, n_loop=None, cache=None):
@@ -204,8 +205,7 @@ class GPT(nn.Module):
         With targets (B, T): logits (B, T, V) and their mean loss in nats, (). Without: the logits
         of the last position, (B, 1, V), and None. n_loop overrides the config's for this call.
         """
-        for state in self.states(idx, n_loop, cache):
-            x = state  # only the last one counts
+        *_, x = self.states(idx, n_loop, cache)  # only the last state counts
         return self.readout(x, targets, cache)
 
     def loop_losses(self, idx, targets, n_loop=None):
@@ -231,7 +231,6 @@ class KVCache:
         """Append k and v (B, nh, T, hs) to an entry and return all of it, (2, B, nh, S, hs)."""
         B, nh, T, hs = k.shape
         end = self.length + T
-        assert end <= self.max_length, f"{end} positions in a cache of {self.max_length}"
         assert T == 1 or self.length == 0, "several positions after cached ones would need a mask"
         if key not in self.entries:
             self.entries[key] = k.new_empty(2, B, nh, self.max_length, hs)
@@ -278,7 +277,7 @@ def draw(logits, temperature, top_k):
 # ---- what training needs ----
 
 def configure_optimizers(model, name, learning_rate, weight_decay):
-    """Return the optimizers to step together: AdamW; or Muon for the blocks' matrices, AdamW else.
+    """Return a list of optimizers: AdamW; or Muon for the blocks' matrices and AdamW for the rest.
 
     Weight decay is for matrices only. Muon's update is scaled to the size of AdamW's
     (arXiv 2502.16982), so one learning rate serves both.
@@ -290,9 +289,8 @@ def configure_optimizers(model, name, learning_rate, weight_decay):
     if name == "adamw":
         decayed += matrices
     groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
-    fused = model.wte.weight.device.type in ("cpu", "cuda", "mps")
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95),
-                              weight_decay=weight_decay, fused=fused)
+                              weight_decay=weight_decay, fused=True)
     if name == "adamw":
         return [adamw]
     muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay,
@@ -314,7 +312,7 @@ def flops_per_token(config, n_loop=None):
 
 
 def compile_blocks(model, **options):
-    """torch.compile for a block and for the head, which is nearly all there is.
+    """Compile each block and the head, which do nearly all the work.
 
     One block's code serves every block at every loop: 6 x 6 starts as fast as 6 x 1, and a change
     of n_loop compiles nothing. In the compiled head the softmax (B, T, V) never exists in full.
@@ -325,10 +323,9 @@ def compile_blocks(model, **options):
 
 
 def pick_device(name):
-    """Return the torch.device of a name, for "auto" the best. Exits if it does not work here."""
+    """Return the torch.device of that name, or the best for "auto". Exits if it does not work."""
     if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError):
@@ -341,13 +338,13 @@ def pick_device(name):
 def save_checkpoint(path, model, **state):
     """Write the model, its config and state (tensors, plain values, lists, dicts) to path.
 
-    It is written beside and then renamed: whenever the process ends, path is a whole checkpoint.
+    A temporary file is renamed at the end, so path is always a whole checkpoint.
     """
     part = path.with_name(path.name + ".tmp")
-    own = {"config": asdict(model.config), "model": model.state_dict()}
+    state |= {"config": asdict(model.config), "model": model.state_dict()}
     try:
         with open(part, "wb") as file:
-            torch.save(own | state, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -358,7 +355,7 @@ def save_checkpoint(path, model, **state):
 
 
 def load_checkpoint(path, device="cpu"):
-    """Return (model, state) as save_checkpoint got them, the model on device.
+    """Return (model, state) as they were saved, the model on device.
 
     Only tensors and plain values are loaded: no code in the file is ever run.
     """
@@ -379,7 +376,7 @@ def from_pretrained(path, layers=None, **overrides):
     """Return OpenAI's GPT-2 from a model.safetensors, in any loop layout.
 
     layers are the numbers of the blocks to take, None takes all. overrides are GPTConfig's fields,
-    such as n_loop or a shorter block_size. Exits if the file is none of a GPT-2 of that shape.
+    such as n_loop or a shorter block_size. Exits if the file is not a GPT-2 of that shape.
     """
     shape, weights = read_gpt2(path, layers)
     config = GPTConfig(**shape | overrides)
@@ -442,7 +439,7 @@ def read_safetensors(path):
         data = torch.from_file(str(path), size=size, dtype=torch.uint8)[start:]
         for name, info in header.items():
             begin, end = info["data_offsets"]
-            raw = data[begin:end].clone()  # a view as another dtype must be aligned
+            raw = data[begin:end].clone()  # a copy: another dtype's view must be aligned
             tensors[name] = raw.view(dtypes[info["dtype"]]).view(info["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         sys.exit(f"{path} is no whole .safetensors file ({error}): name gpt2, or another file")

@@ -4,15 +4,16 @@ Text to tokens: writes data/train.bin and data/val.bin (bare uint16 tokens) and 
     python prepare.py                            the source of Python's library; needs no network
     python prepare.py shakespeare                tinyshakespeare, downloaded
     python prepare.py notes/ --tokenizer=gpt2    a text file or all of a folder, as GPT-2's tokens
+    python prepare.py hops                       a puzzle whose answers take steps, see make_hops
     python prepare.py openwebtext                the paper's data: 13 GB, 9 billion tokens
     python prepare.py fineweb --shards=1         100 million tokens a shard, and one for validation
 
-Every source is a stream of documents. A file is one, or several with <|endoftext|> between them.
-A hash of its text decides to which split a document belongs: one in ten is for validation, one in
-2,000 of OpenWebText. A source of fewer than 100 documents is too small for that: each document is
-cut at 90% instead.
+Every source is a stream of documents. A file is one document, or several with <|endoftext|> between
+them. The hash of a document's text decides its split: one in ten is for validation, one in 2,000 of
+OpenWebText. A source of fewer than 100 documents is too small for that: each document is cut at 90%
+instead.
 
-Documents are tokenized on all cores, 16 million characters at a time, so a source may be larger
+Documents are tokenized side by side, 16 million characters at a time, so a source may be larger
 than memory. One document is held whole, and at the start the first 100. Downloads are kept in
 ~/.cache/loop-gpt2: after an interruption the same command completes them, and tokenizes again.
 """
@@ -22,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import sys
 import sysconfig
@@ -55,10 +57,7 @@ def get_tokenizer(name):
 
 
 def split_documents(documents, one_in):
-    """Yield (split, text): documents with EOT after each, one in `one_in` for validation.
-
-    Fewer than 100 documents are each cut at 90% instead.
-    """
+    """Yield (split, text), the text with its EOTs; one document in `one_in` is for validation."""
     documents = (text for text in documents if text.strip())
     first = list(itertools.islice(documents, 100))
     if len(first) < 100:
@@ -87,8 +86,10 @@ def token_stream(source, tokenizer, shards):
     if source == "fineweb":  # its files hold tokens already
         yield from read_fineweb(shards)
         return
-    documents = read_openwebtext(shards) if source == "openwebtext" else read_files(source)
-    pairs = split_documents(documents, one_in=2000 if source == "openwebtext" else 10)
+    if source == "openwebtext":
+        pairs = split_documents(read_openwebtext(shards), one_in=2000)
+    else:
+        pairs = split_documents(make_hops() if source == "hops" else read_files(source), one_in=10)
     encode = partial(tokenizer.encode_to_numpy, allowed_special={EOT})
     with ThreadPool() as pool:  # threads suffice, because tiktoken releases Python's lock
         for slab in slabs(pairs):
@@ -106,8 +107,8 @@ def write_data(folder, source, tokenizer, shards):
     lengths = np.zeros(tokenizer.n_vocab, np.int64)  # of each token in bytes; EOT is no text
     lengths[:tokenizer.eot_token] = [len(tokenizer.decode_single_token_bytes(i))
                                      for i in range(tokenizer.eot_token)]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with open(parts["train"], "wb") as train, open(parts["val"], "wb") as val:
             files = {"train": train, "val": val}
             for split, ids in token_stream(source, tokenizer, shards):
@@ -123,7 +124,7 @@ def write_data(folder, source, tokenizer, shards):
             os.replace(parts[split], folder / f"{split}.bin")
         write_json(folder / "meta.json", meta)
     except OSError as error:  # a full disk, a file that may not be read
-        sys.exit(f"{folder} could not be written: {error}")
+        sys.exit(f"{folder} was not written: {error}")
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
@@ -219,7 +220,7 @@ def read_files(source):
 
 def read_documents(path):
     """Yield what stands between the EOTs of a text file."""
-    rest = ""  # the begin of a document that goes on in the next block
+    rest = ""  # the start of a document that goes on in the next block
     with open(path, encoding="utf-8", newline="") as file:
         while block := file.read(1 << 24):
             if "\0" in block:
@@ -227,6 +228,22 @@ def read_documents(path):
             *documents, rest = (rest + block).split(EOT)
             yield from documents
     yield rest
+
+
+def make_hops(count=60_000, letters="abcdefghij"):
+    """Yield documents of 58 characters: a map of 10 letters, then 16 questions about it.
+
+    The map says to which letter a, b, .. j lead. All lie on one circle. A question is the number of
+    hops, 1 to 6, the letter to start from, and the answer. The more hops, the rarer.
+    """
+    rng, numbers = random.Random(0), range(1, 7)
+    for _ in range(count):
+        circle = rng.sample(letters, len(letters))
+        text = "".join(circle[circle.index(letter) + 1 - len(circle)] for letter in letters)
+        for hops in rng.choices(numbers, [number ** -1.5 for number in numbers], k=16):
+            start = rng.randrange(len(circle))
+            text += f"{hops}{circle[start]}{circle[(start + hops) % len(circle)]}"
+        yield text
 
 
 def read_openwebtext(shards):
@@ -246,7 +263,7 @@ def read_openwebtext(shards):
 
 
 def read_fineweb(shards):
-    """Yield (split, ids) of its files: 256 int32, then the uint16 tokens, which [2] counts."""
+    """Yield (split, ids). A file: 256 int32, the third is the count, then the tokens in uint16."""
     for split, number in [("val", 0)] + [("train", i + 1) for i in range(shards)]:
         path = download(HUB + FINEWEB.format(split, number))
         header = np.fromfile(path, "<i4", 256)
@@ -272,7 +289,7 @@ def download(url, sha256=None, hint="run the same command again to go on"):
     """Return the path of the file at url, downloaded once into the cache and checked by its sha256.
 
     A broken connection is resumed, now or by the next call. Hugging Face states the sha256 if none
-    is given. Exits with one line, which ends in hint, if the file cannot be had or is another.
+    is given. Exits with one line, which ends in hint, if the file is unavailable or differs.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loop-gpt2"
     path = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(url).name}"
@@ -348,7 +365,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see python {self.prog} --help\n")
 
 
-def number(text, kind, low, high=math.inf):
+def flag_number(text, kind, low, high=math.inf):
     """The value of a flag, an int or a float: low <= value < high."""
     try:
         value = kind(text)
@@ -361,17 +378,17 @@ def number(text, kind, low, high=math.inf):
     return value
 
 
-natural = partial(number, kind=int, low=0)
-positive = partial(number, kind=int, low=1)
-not_negative = partial(number, kind=float, low=0)
-share = partial(number, kind=float, low=0, high=1)
+natural = partial(flag_number, kind=int, low=0)
+positive = partial(flag_number, kind=int, low=1)
+not_negative = partial(flag_number, kind=float, low=0)
+fraction = partial(flag_number, kind=float, low=0, high=1)
 
 
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("source", nargs="?", default="pystdlib",
-        help="pystdlib, shakespeare, openwebtext, fineweb, a text file or a folder")
+        help="pystdlib, shakespeare, hops, openwebtext, fineweb, a text file or a folder")
     add("--tokenizer", choices=TOKENIZERS, help="gpt2 for openwebtext and fineweb, else byte")
     add("--shards", type=positive, help="how many files of openwebtext (21) or fineweb (103)")
     add("--data_dir", default="data", help="where to write")
@@ -391,4 +408,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the same command goes on with the downloads")

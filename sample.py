@@ -12,6 +12,7 @@ import codecs
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -43,17 +44,19 @@ def get_args():
         parser.error("--show_loops and --plot show all loops, leave out --exit_kl")
     if args.plot and not (args.plot.endswith(".png") and Path(args.plot).parent.is_dir()):
         parser.error(f"--plot={args.plot} must be a .png in a folder that exists")
+    if args.plot and not find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     return args
 
 
 # ---- early exit ----
 
 def exit_early(model, exit_kl, loops, idx, n_loop=None, cache=None):
-    """model(idx, n_loop, cache) that stops looping for one token, idx (1, 1), once it has settled.
+    """Like model(idx, n_loop, cache), but one token, idx (1, 1), stops looping once it has settled.
 
-    It leaves after loop n, counted from 0, if n >= 1 and KL(p(n) || p(n-1)) < exit_kl for its
-    predictions p. For skipped loops, reuse the keys and values of the token's last loop. The number
-    of loops that were taken is appended to the list loops. A prompt, idx (1, T), takes all.
+    It stops after loop n >= 1, counted from 0, if KL(p(n) || p(n-1)) < exit_kl for its predictions
+    p. Skipped loops get the keys and values of the last loop taken. The number of loops taken is
+    appended to the list loops. A prompt, idx (1, T), takes all.
     """
     c, last_log_p = model.config, None
     N = n_loop or c.n_loop
@@ -90,7 +93,7 @@ def best_guesses(model, idx, n_loop=None):
 
 
 def first_final(guess):
-    """The loop, from 0, that is the first to make the last loop's guess: (N, T) -> (T,)."""
+    """The first loop, from 0, whose guess is the last loop's: (N, T) -> (T,)."""
     return (guess == guess[-1]).int().argmax(0)
 
 
@@ -152,7 +155,7 @@ def load_model(args, device):
     if tokenizer.n_vocab != model.config.vocab_size:
         sys.exit(f"the model has {model.config.vocab_size} tokens, its tokenizer {name} has "
                  f"{tokenizer.n_vocab}: sample another with --out_dir or --init_from")
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         model.bfloat16()  # half the bytes to read for each token
     return model.eval(), tokenizer
 
@@ -178,18 +181,14 @@ def write_sample(model, tokenizer, idx, args, room):
 
 def main():
     args = get_args()
-    if args.plot:
-        try:
-            import matplotlib  # noqa: F401  better now than after the work
-        except ImportError:
-            sys.exit("--plot needs matplotlib: pip install matplotlib")
     device = pick_device(args.device)
     model, tokenizer = load_model(args, device)
     block_size = model.config.block_size
     ids = tokenizer.encode(args.prompt, allowed_special={EOT}) or [tokenizer.eot_token]
     if len(ids) > block_size:
         sys.exit(f"the prompt has {len(ids)} tokens, the model sees {block_size}: shorten it")
-    idx, room = torch.tensor([ids], device=device), args.max_new_tokens    # (1, T)
+    idx = torch.tensor([ids], device=device)    # (1, T)
+    room = args.max_new_tokens
     if args.show_loops or args.plot:
         room = min(room, block_size + 1 - len(ids))  # all of it in one context
     torch.manual_seed(args.seed)

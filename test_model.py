@@ -216,6 +216,26 @@ def test_the_python_library_is_found_without_what_pip_installed():
     assert not any({"site-packages", "test"} & {*path.parts} for path in files)
 
 
+def test_hops_lead_to_the_answers():
+    documents, numbers = list(prepare.make_hops(200)), []
+    assert documents == list(prepare.make_hops(200)) and len(set(documents)) == 200
+    for text in documents:
+        leads_to = dict(zip("abcdefghij", text[:10], strict=True))
+        visited = "a"
+        while leads_to[visited[-1]] != "a":
+            visited += leads_to[visited[-1]]
+        assert len(visited) == 10  # one circle: a short one would end the hops early
+        questions = [text[i:i + 3] for i in range(10, 58, 3)]
+        assert len(text) == 58 and len(questions) == 16
+        for hops, letter, answer in questions:
+            for _ in range(int(hops)):
+                letter = leads_to[letter]
+            assert letter == answer
+            numbers.append(int(hops))
+    counts = [numbers.count(n) for n in range(1, 7)]
+    assert sum(counts) == len(numbers) and counts == sorted(counts, reverse=True)
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     """A web server with the faults of real ones; `script` says what the next answers are.
 
@@ -398,30 +418,19 @@ def test_openwebtext_is_what_was_published(hub, tmp_path, monkeypatch):
     assert written == {"data", "train.bin", "val.bin", "meta.json"}  # nothing elsewhere
 
 
-def test_openwebtext_goes_on_after_a_kill(hub, tmp_path, monkeypatch):
-    data = run_prepare(monkeypatch, "openwebtext", "--tokenizer=byte")
+def test_openwebtext_goes_on_where_it_was_stopped(hub, monkeypatch, mistakes):
+    command = ["openwebtext", "--tokenizer=byte"]
+    data = run_prepare(monkeypatch, *command)
     shutil.rmtree("data")
-    shutil.rmtree("cache")
-    driver = f"import prepare; prepare.HUB = {prepare.HUB!r}; prepare.SHARDS['openwebtext'] = 3\n"
-    (tmp_path / "driver.txt").write_text(driver + "prepare.main()")
+    *_, second, third = sorted(Path("cache").rglob("*.tar"), key=lambda path: path.name[13:])
+    second.rename(f"{second}.part")  # as if it had been stopped in the middle of the second file
+    os.truncate(f"{second}.part", Server.CUT)
+    third.unlink()
     Server.requests = []
-    Server.script = ["fine", "cut", *[429] * 99]  # it waits in the middle of the second file
-    process = start("driver.txt", "openwebtext", "--tokenizer=byte", cwd=tmp_path)
-    while len(Server.requests) < 4:
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not list(Path("data").glob("*.bin"))
-    Server.script, Server.requests = [], []
-    assert run_prepare(monkeypatch, "openwebtext", "--tokenizer=byte") == data
-    assert Server.requests == [Server.CUT, 0]  # the rest of the second, and the third
-    assert not list(Path("data").glob("*.tmp"))
-
-
-def test_a_wrong_file_of_openwebtext_is_refused(hub, monkeypatch, mistakes):
-    run_prepare(monkeypatch, "openwebtext", "--tokenizer=byte", "--shards=1")
-    Server.promised = {"urlsf_subset01.tar": b"another"}
-    mistakes(prepare.main, (["openwebtext", "--tokenizer=byte"], "has the sha256"))
+    assert run_prepare(monkeypatch, *command) == data and Server.requests == [Server.CUT, 0]
+    third.unlink()
+    Server.promised = {third.name[13:]: b"another"}
+    mistakes(prepare.main, (command, "has the sha256"))
     assert not list(Path("cache").rglob("*.part"))
 
 
@@ -575,18 +584,6 @@ def test_shapes_that_cannot_be_are_refused():
                   dict(n_loop=0), dict(residual="product")):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             small(**wrong)
-
-
-@in_every_reading
-def test_no_position_sees_a_later_one(residual):
-    model, idx = small(n_loop=3, loop_start=1, residual=residual), some_tokens(1, 16)
-    logits = model(idx, idx)[0]
-    for t in range(1, 16):
-        changed = idx.clone()
-        changed[0, t] = (idx[0, t] + 1) % 50
-        after = model(changed, idx)[0]
-        assert torch.equal(after[:, :t], logits[:, :t])
-        assert not torch.allclose(after[:, t:], logits[:, t:])
 
 
 @in_every_reading
@@ -880,6 +877,9 @@ def test_batches_depend_on_seed_and_step_alone():
     assert torch.equal(torch.stack(shares, dim=1).flatten(0, 1), x)  # four see what one sees
     starts = torch.cat([get_batch(data, args, 1000, step)[0][:, 0] for step in range(2000)])
     assert starts.min() == 0 and starts.max() == 1000 - 8 - 1  # every window can come
+    strided = get_args([*flags, "--stride=9"])  # documents of 9 tokens
+    starts = torch.cat([get_batch(data, strided, 1000, step)[0][:, 0] for step in range(300)])
+    assert sorted(set(starts.tolist())) == list(range(0, 1000 - 8, 9))
 
 
 def test_the_drawn_depth_depends_on_seed_and_step_alone():
@@ -996,31 +996,6 @@ def test_an_interrupted_run_continues_exactly(tiny_data, whole_run):
     assert_same_models(tiny_data / path, tiny_data / "whole" / "ckpt.pt")
     again = json.loads(finish(*resume, cwd=tiny_data).splitlines()[-1])
     assert again["val_loss"] == whole_run[1]["val_loss"]
-
-
-# a process that is killed when the third checkpoint is half written, beside the second
-KILLED_WHILE_SAVING = """
-import os, signal, train
-real, seen = os.replace, []
-def replace(src, dst):
-    seen.append(str(dst))
-    if len(seen) == 3:
-        os.truncate(src, os.path.getsize(src) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(src, dst)
-os.replace = replace
-train.main()
-"""
-
-
-def test_a_kill_while_saving_leaves_the_checkpoint_before(tiny_data, whole_run):
-    out = tiny_data / "torn"
-    (tiny_data / "killer.txt").write_text(KILLED_WHILE_SAVING)
-    finish("killer.txt", *TINY, "--out_dir=torn", cwd=tiny_data, code=-9)
-    assert (out / "ckpt.pt.tmp").exists() and load_checkpoint(out / "ckpt.pt")[1]["step"] == 40
-    finish("train.py", "--resume", "--out_dir=torn", cwd=tiny_data)
-    assert_same_models(out / "ckpt.pt", tiny_data / "whole" / "ckpt.pt")
-    assert not list(out.glob("*.tmp"))
 
 
 def test_two_processes_train_what_one_does(tiny_data):
@@ -1289,6 +1264,20 @@ def test_what_bench_says_of_loops_is_so(residual):
         assert same == pytest.approx(agrees.double().mean().item())
 
 
+@torch.no_grad()
+def test_bench_counts_the_answers_to_hops():
+    text = next(prepare.make_hops(1))
+    x, y = torch.tensor([[*text.encode()]]), torch.tensor([[*text[1:].encode(), 256]])
+    model = small(n_loop=3, vocab_size=257, block_size=58, residual="sum")
+    right, asked = bench.answers(model, x, y)
+    guesses = [logits.argmax(-1)[0] for logits in by_hand(model, x, 3)]
+    y[0, 11::3] = guesses[0][11::3]  # as if the first loop's guesses were right
+    expected, _ = bench.answers(model, x, y)
+    hops = [int(number) for number in text[10::3]]
+    assert asked.tolist() == expected[0].tolist() == [hops.count(n) for n in range(1, 7)]
+    assert right[0].sum() < expected[0].sum() > expected[2].sum()
+
+
 def test_bench_loops_reports(tiny_data, whole_run):
     out = finish("bench.py", "loops", "--out_dir=whole", "--windows=12", cwd=tiny_data)
     rows = [line.split() for line in out.splitlines()[2:4]]
@@ -1337,7 +1326,7 @@ def test_equal_compute_is_equal_and_its_rate_falls_with_the_steps():
     rates, budgets = {}, []
     for label, flags in models.items():
         args = get_args(flags)
-        budgets.append(bench.training_flops(flags, 257)[1])
+        budgets.append(bench.training_flops(flags, 257))
         assert budgets[-1] == pytest.approx(float(label.split()[3]), rel=0.05)
         rates.setdefault(args.n_loop, []).append((args.max_steps, args.learning_rate))
     assert sorted(rates) == [1, 2, 4, 6] and budgets[4] / budgets[0] == pytest.approx(2.5, rel=0.05)
@@ -1390,14 +1379,12 @@ def test_compare_tunes_each_model_and_says_what_diverged(tiny_data, tmp_path, mo
         assert message in f"{caught.value.code} {capsys.readouterr().err}"
 
 
-def test_compare_at_the_scale_of_gpt2_has_the_papers_models(tmp_path):
-    write_noise(tmp_path)
-    toy = ["--n_embd=24", "--block_size=16", "--batch_size=2", "--max_steps=20", "--eval_iters=1"]
-    args = ["compare", "--what=paper", "--scale=small", "--seeds=1", *toy]
-    out = finish("bench.py", *args, cwd=tmp_path)
-    rows = out[out.index("\nnoise"):].splitlines()[3:11]
-    assert [row[:26].strip() for row in rows] == [
+def test_compare_at_the_scale_of_gpt2_has_the_papers_models():
+    models = bench.models_of("paper", "small", bench.SCALES["small"], 50257)
+    assert list(models) == [
         "12 x 1", "6 x 6", "36 x 1, unshared", "12 x 1, compute of 6 x 6",
         "1 x 1", "1 x 2", "2 x 1, unshared", "1 x 1, compute of 1 x 2"]
-    paper = {row[:26].strip(): row.split()[-1] for row in rows if len(row[26:].split()) == 9}
-    assert paper == {"12 x 1": "3.12", "6 x 6": "3.11", "1 x 1": "3.98", "1 x 2": "3.67"}
+    assert bench.PAPER.keys() <= models.keys()
+    for label, preset in zip(("12 x 1", "6 x 6", "1 x 1", "1 x 2"), PRESETS, strict=True):
+        assert train.get_config(get_args(models[label]), 50257) == train.get_config(
+            get_args([f"--preset={preset}"]), 50257)

@@ -7,7 +7,7 @@ Tokens to a model: trains GPT-2 or a Loop Neural Network on what prepare.py wrot
     torchrun --nproc_per_node=8 train.py --preset=gpt2-81m-loop    the same training on eight
 
 Several processes share the sequences of a step. So the same flags give the same training on any
-number of them, but for the draws of dropout.
+number of them, but for rounding and the draws of dropout.
 """
 import argparse
 import json
@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
 from importlib.util import find_spec
@@ -40,7 +39,7 @@ from model import (
     read_gpt2,
     save_checkpoint,
 )
-from prepare import Parser, find_gpt2, load_data, natural, not_negative, positive, share
+from prepare import Parser, find_gpt2, fraction, load_data, natural, not_negative, positive
 
 # The paper's four models. Width, context and vocabulary are GPT-2's. The recipe is the one nanoGPT
 # publishes for 124M: 12 x 40 sequences of 1024, about half a million tokens a step.
@@ -54,7 +53,7 @@ PRESETS = {
     "gpt2-45m": dict(n_layer=1, n_loop=1, **RECIPE),
     "gpt2-45m-loop": dict(n_layer=1, n_loop=2, **RECIPE),
 }
-# A resumed run may have other values of these flags. The rest are the checkpoint's.
+# A resumed run may change these flags. The others must be the checkpoint's.
 FREE = {"data_dir", "out_dir", "resume", "max_steps", "eval_interval", "log_interval", "device",
         "dtype", "compile", "checkpoint_loops"}
 
@@ -77,17 +76,18 @@ def make_parser():
     add("--n_embd", type=positive, default=64, help="width")
     add("--block_size", type=positive, default=128, help="context, in tokens")
     add("--n_loop", type=positive, default=1, help="how often the looped blocks are applied")
-    add("--n_loop_min", type=positive, help="draw the loops of each step, from this to n_loop")
+    add("--n_loop_min", type=positive, help="draw each step's loops between this and n_loop")
     add("--loop_start", type=natural, default=0, help="the first looped block")
     add("--loop_end", type=positive, help="the block after the last looped one; if not given: all")
     add("--residual", choices=RESIDUALS, default="scaled", help="reading of the equation")
-    add("--dropout", type=share, default=0.0, help="share of activations dropped")
+    add("--dropout", type=fraction, default=0.0, help="share of activations dropped")
     add("--bias", action=switch, default=True, help="biases in linear layers and norms")
     # the training
     add("--batch_size", type=positive, default=8, help="sequences that a process computes at once")
     add("--gradient_accumulation_steps", type=positive, default=1, help="batches of a step, in all")
+    add("--stride", type=positive, default=1, help="sequences start at multiples of it, hops: 59")
     add("--max_steps", type=natural, default=6000, help="updates of the weights")
-    add("--optimizer", choices=OPTIMIZERS, default="muon", help="for the blocks' matrices")
+    add("--optimizer", choices=OPTIMIZERS, default="muon", help="muon: for the blocks' matrices")
     add("--learning_rate", type=not_negative, default=8e-3, help="the highest; the last is a tenth")
     add("--warmup_steps", type=natural, default=100, help="steps of linear warm-up")
     add("--weight_decay", type=not_negative, default=0.1, help="of matrices")
@@ -119,7 +119,7 @@ def get_args(argv=None):
         parser.set_defaults(**shape, optimizer="adamw", learning_rate=3e-5)
     if args.resume:
         _, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt")
-        parser.set_defaults(**state["args"] | {"out_dir": args.out_dir})
+        parser.set_defaults(**state["args"] | {"out_dir": args.out_dir})  # it may have moved
     args = parser.parse_args(argv)
     if args.resume:
         for name, saved in state["args"].items():
@@ -161,7 +161,8 @@ def get_batch(data, args, vocab_size, step, rank=0, world=1):
     """
     count = args.batch_size * args.gradient_accumulation_steps
     rng = np.random.default_rng((args.seed, step))
-    starts = rng.integers(len(data) - args.block_size, size=count)[rank::world]
+    places = (len(data) - args.block_size - 1) // args.stride + 1
+    starts = rng.integers(places, size=count)[rank::world] * args.stride
     return windows(data, starts, args.block_size, vocab_size)
 
 
@@ -192,6 +193,7 @@ def evaluate(model, data, args, device, rank=0, world=1):
     T = args.block_size
     count = min(args.eval_iters * args.batch_size, (len(data) - 1) // T)
     starts = np.linspace(0, len(data) - 1 - T, count).astype(int)[rank::world]
+    starts -= starts % args.stride
     total = torch.zeros(model.config.n_loop, dtype=torch.float64)
     model.eval()
     for i in range(0, len(starts), args.batch_size):
@@ -225,24 +227,22 @@ def train_step(net, optimizers, x, y, args, autocast, n_loop=None):
 
 def set_up(model, args, device):
     """Set compilation, checkpointing and precision. Return (autocast, whether it is bf16)."""
-    # high: TF32 where there is one
-    torch.set_float32_matmul_precision("highest" if args.dtype == "float32" else "high")
+    torch.set_float32_matmul_precision("highest" if args.dtype == "float32" else "high")  # TF32
     on_cuda = device.type == "cuda"
     if args.compile or (args.compile is None and on_cuda and find_spec("triton")):
         compile_blocks(model)
     model.checkpoint_loops = args.checkpoint_loops
-    has_bf16 = on_cuda and torch.cuda.is_bf16_supported()
+    has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and has_bf16)
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext(), bf16
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16), bf16
 
 
 def peak_flops(device):
     """Dense bf16 operations per second that the maker states, or None for a device not listed."""
-    peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
-             "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+    peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12, "A100-SXM4-40GB": 312e12,
+             "A100-SXM4-80GB": 312e12, "L40S": 362e12, "L4": 121e12, "GeForce RTX 4090": 165e12}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    words = f" {name.replace('-', ' ')} "
-    return next((peak for key, peak in peaks.items() if f" {key} " in words), None)
+    return peaks.get(name.removeprefix("NVIDIA "))
 
 
 def check(args, train_data, val_data, meta, state, world):
@@ -271,7 +271,7 @@ def check(args, train_data, val_data, meta, state, world):
 
 def check_finite(step, value):
     if not math.isfinite(value):
-        sys.exit(f"the loss or its gradient is {value} at step {step}, later than the checkpoint: "
+        sys.exit(f"the loss or its gradient is {value} at step {step}: "
                  "start anew with a smaller --learning_rate")
 
 
@@ -287,15 +287,14 @@ def train(args):
 
     # the data, the model, its optimizers
     train_data, val_data, meta = load_data(args.data_dir)
-    vocab_size = meta["vocab_size"]
     model, state = load_checkpoint(out / "ckpt.pt") if args.resume else (None, None)
     check(args, train_data, val_data, meta, state, world)
     torch.manual_seed(args.seed)
-    config = get_config(args, vocab_size)
+    c = get_config(args, meta["vocab_size"])
     if args.init_from and not args.resume:
-        model = from_pretrained(find_gpt2(args.init_from), args.init_layers, **asdict(config))
+        model = from_pretrained(find_gpt2(args.init_from), args.init_layers, **asdict(c))
     elif not args.resume:
-        model = GPT(config)
+        model = GPT(c)
     model.to(device)
     optimizers = configure_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
     start, seconds = 0, 0.0
@@ -311,22 +310,21 @@ def train(args):
 
     # what is reported
     params = sum(p.numel() for p in model.parameters())
-    flops = flops_per_token(config, mean_n_loop(args))
+    flops = flops_per_token(c, mean_n_loop(args))
     step_tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size
     peak = peak_flops(device) if bf16 else None
     bytes_per_token = meta["val"]["bytes"] / meta["val"]["tokens"]
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        c = config
         print(f"n_layer={c.n_layer}, h[{c.loop_start}:{c.loop_end}] x {c.n_loop} ({c.residual}), "
               f"{params:,} parameters, {flops / 1e6:.1f} MFLOPs per token\n"
               f"{meta['dataset']}, {len(train_data):,} {meta['tokenizer']} tokens, "
               f"{args.max_steps} steps of {step_tokens:,}, {world} x {device.type}, "
               f"{'bf16' if bf16 else 'float32'}", flush=True)
 
-    # report, evaluate, save, stop, then train: so what is saved is what was reported
-    run_began, interval_began, interval_step = time.time() - seconds, time.time(), start
+    # report, evaluate, save, then train: a checkpoint holds exactly the reported model
     loss, norm, lr = None, None, None
+    run_began, interval_began, interval_step = time.time() - seconds, time.time(), start
     for step in range(start, args.max_steps + 1):  # step: the number of updates done
         last = step == args.max_steps
         evaluating = last or step % args.eval_interval == 0
@@ -350,9 +348,9 @@ def train(args):
             val_loss = loop_losses[-1]
             check_finite(step, val_loss)
             bits_per_byte = val_loss / math.log(2) / bytes_per_token
-            after_each = " ".join(f"{loss_n:.3f}" for loss_n in loop_losses)
             line += f" | val {val_loss:.4f}, {bits_per_byte:.3f} bits per byte"
-            line += f", after each loop {after_each}" if config.n_loop > 1 else ""
+            if c.n_loop > 1:
+                line += ", after each loop " + " ".join(f"{loss:.3f}" for loss in loop_losses)
         if logging and rank == 0:
             print(line, flush=True)
         if evaluating and rank == 0:
@@ -371,7 +369,7 @@ def train(args):
                 group["lr"] = lr
         # for dropout: another number for each seed, step and process
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
-        x, y = get_batch(train_data, args, vocab_size, step, rank, world)
+        x, y = get_batch(train_data, args, c.vocab_size, step, rank, world)
         if device.type == "cuda":  # from pinned memory the copy waits for nothing
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
