@@ -231,6 +231,7 @@ class KVCache:
         """Append k and v (B, nh, T, hs) to an entry and return all of it, (2, B, nh, S, hs)."""
         B, nh, T, hs = k.shape
         end = self.length + T
+        assert end <= self.max_length, f"{end} positions in a cache of {self.max_length}"
         assert T == 1 or self.length == 0, "several positions after cached ones would need a mask"
         if key not in self.entries:
             self.entries[key] = k.new_empty(2, B, nh, self.max_length, hs)

@@ -87,9 +87,12 @@ def token_stream(source, tokenizer, shards):
         yield from read_fineweb(shards)
         return
     if source == "openwebtext":
-        pairs = split_documents(read_openwebtext(shards), one_in=2000)
+        documents = read_openwebtext(shards)
+    elif source == "hops":
+        documents = make_hops()
     else:
-        pairs = split_documents(make_hops() if source == "hops" else read_files(source), one_in=10)
+        documents = read_files(source)
+    pairs = split_documents(documents, one_in=2000 if source == "openwebtext" else 10)
     encode = partial(tokenizer.encode_to_numpy, allowed_special={EOT})
     with ThreadPool() as pool:  # threads suffice, because tiktoken releases Python's lock
         for slab in slabs(pairs):
@@ -239,7 +242,7 @@ def make_hops(count=60_000, letters="abcdefghij"):
     rng, numbers = random.Random(0), range(1, 7)
     for _ in range(count):
         circle = rng.sample(letters, len(letters))
-        text = "".join(circle[circle.index(letter) + 1 - len(circle)] for letter in letters)
+        text = "".join(circle[(circle.index(letter) + 1) % len(circle)] for letter in letters)
         for hops in rng.choices(numbers, [number ** -1.5 for number in numbers], k=16):
             start = rng.randrange(len(circle))
             text += f"{hops}{circle[start]}{circle[(start + hops) % len(circle)]}"

@@ -350,7 +350,7 @@ def train(args):
             bits_per_byte = val_loss / math.log(2) / bytes_per_token
             line += f" | val {val_loss:.4f}, {bits_per_byte:.3f} bits per byte"
             if c.n_loop > 1:
-                line += ", after each loop " + " ".join(f"{loss:.3f}" for loss in loop_losses)
+                line += ", after each loop " + " ".join(f"{value:.3f}" for value in loop_losses)
         if logging and rank == 0:
             print(line, flush=True)
         if evaluating and rank == 0:
