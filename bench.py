@@ -153,26 +153,23 @@ def loops(flags):
     c = model.eval().config
     if meta["vocab_size"] != c.vocab_size or len(data) <= c.block_size:
         sys.exit(f"{args.data_dir} is not what the model was trained on: give its --data_dir")
-    after_each, passes, right, asked = 0, 0, 0, 0
+    after_each, passes = 0, 0
     starts = np.linspace(0, len(data) - 1 - c.block_size, args.windows).astype(int)
-    for start in starts - starts % state["args"]["stride"]:
+    starts -= starts % state["args"]["stride"]
+    for start in starts:
         x, y = train.windows(data, [start], c.block_size, c.vocab_size)
         x, y = x.to(device), y.to(device)
         after_each = after_each + per_loop(model, x, y) / args.windows
         losses = [model(x, y, n_loop=n)[1] for n in range(1, 2 * c.n_loop + 1)]
         passes = passes + torch.stack(losses).cpu() / args.windows
-        if meta["dataset"] == "hops":
-            right_here, asked_here = answers(model, x, y)
-            right, asked = right + right_here, asked + asked_here
     print(f"h[{c.loop_start}:{c.loop_end}] x {c.n_loop} ({c.residual}), {args.windows} windows of "
           f"{c.block_size} tokens\n{'loop':>4} {'val loss':>8} {'KL':>7} {'as final':>8}")
     for n, (loss, kl, same) in enumerate(after_each.tolist(), start=1):
         print(f"{n:4} {loss:8.4f} {kl:7.4f} {same:8.1%}")
     print(f"passes of 1 to {2 * c.n_loop} loops: {' '.join(f'{x:.4f}' for x in passes.tolist())}")
     if meta["dataset"] == "hops":
-        print(f"right answers to {asked.sum()} questions of 1 to 6 hops, after each loop:")
-        for n, row in enumerate((right / asked).tolist(), start=1):
-            print(f"{n:4} " + " ".join(f"{share:6.1%}" for share in row))
+        x, y = train.windows(data, starts, c.block_size, c.vocab_size)
+        print_answers(model, x.to(device), y.to(device))
 
 
 def per_loop(model, x, y):
@@ -188,17 +185,18 @@ def per_loop(model, x, y):
     return torch.stack((losses, kl, same), dim=1).cpu()
 
 
-def answers(model, x, y):
-    """The right answers after each loop, (N, 6), to the questions of 1 to 6 hops, (6,).
+def print_answers(model, x, y):
+    """Print, after each loop, the share of right answers to questions of 1 to 6 hops.
 
-    x and y (1, 58) are a document of prepare.make_hops and its targets. A question is the number of
-    hops, the letter to start from, and the answer.
+    x and y (B, 58) are documents of prepare.make_hops and their targets. A question is the number
+    of hops, the first letter, and the answer.
     """
-    hops = x[0].roll(1) - ord("0")                                              # (T,)
-    asked = torch.stack([hops == number for number in range(1, 7)]).float()     # (6, T)
-    guesses = [model.readout(state, y)[0].argmax(-1) for state in model.states(x)]
-    right = torch.cat(guesses) == y                                             # (N, T)
-    return (right.float() @ asked.T).cpu(), asked.sum(1).int().cpu()
+    hops = x.roll(1, dims=1) - ord("0")                         # (B, T), at the first letter
+    print(f"right answers to {16 * len(x)} questions of 1 to 6 hops, after each loop:")
+    for n, state in enumerate(model.states(x), start=1):
+        right = model.readout(state, y)[0].argmax(-1) == y      # (B, T)
+        shares = [right[hops == number].float().mean() for number in range(1, 7)]
+        print(f"{n:4} " + " ".join(f"{share:6.1%}" for share in shares))
 
 
 # ---- compare: models trained side by side ----
@@ -439,4 +437,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the same compare goes on with the runs that are not finished")
