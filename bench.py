@@ -10,7 +10,8 @@ What a model costs, what its loops bring, and what models learn when they are tr
     python bench.py compare --what=readings --n_embd=96     other flags of train.py go to all runs
 
 speed measures each model in a process of its own, with nothing compiled before. start is the time
-until the first step is done, the other times are medians. memory is what training adds.
+until the first step is done, the other times are medians. memory is what training adds, MFU the
+share of the peak that the maker states.
 
 compare gives every model the same data, for a seed in the same order, and the same evaluation.
 --sweep finds each its own learning rate: it tries rates a factor of two apart, with seed 0, until
@@ -139,7 +140,10 @@ def peak_memory(device):
 
 @torch.no_grad()
 def loops(flags):
-    """Print what a checkpoint predicts after each loop, and in passes of 1 to 2N loops."""
+    """Print what a checkpoint predicts after each loop, and in passes of 1 to 2N loops.
+
+    They differ: the readings `mean` and `scaled` divide by the loops of the pass.
+    """
     parser = Parser(loops.__doc__)
     parser.prog = "bench.py loops"
     parser.add_argument("--out_dir", default="out", help="where train.py left its ckpt.pt")
@@ -191,7 +195,7 @@ def print_answers(model, x, y):
     x and y (B, 58) are documents of prepare.make_hops and their targets. A question is the number
     of hops, the first letter, and the answer.
     """
-    hops = x.roll(1, dims=1) - ord("0")                         # (B, T), at the first letter
+    hops = x.roll(1, dims=1) - ord("0")                         # (B, T), where x is first letters
     print(f"right answers to {16 * len(x)} questions of 1 to 6 hops, after each loop:")
     for n, state in enumerate(model.states(x), start=1):
         right = model.readout(state, y)[0].argmax(-1) == y      # (B, T)
@@ -303,8 +307,9 @@ def study(data_sha256, seeds, sweep, model):
 
     The spread is half the distance of the best and the worst seed.
     """
-    train_at = partial(train_run, *model, data_sha256)
-    best = train.get_args(model[1]).learning_rate
+    label, flags = model
+    train_at = partial(train_run, label, flags, data_sha256)
+    best = train.get_args(flags).learning_rate
     trials = {}  # {rate: loss at seed 0}
     while sweep and len(trials) < 12:  # a limit, if all diverge
         untried = [rate for rate in (best, best / 2, best * 2) if rate not in trials]

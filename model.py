@@ -101,7 +101,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x -> x + g(x), both (B, T, C): attention, then the MLP, each adds its output to x.
 
-    scale multiplies both outputs. It is a tensor (), since torch.compile would compile a block
+    scale multiplies both outputs. It is a scalar tensor, since torch.compile would compile a block
     again for every new number.
     """
 
@@ -194,6 +194,7 @@ class GPT(nn.Module):
         return self.head(x, targets)
 
     def head(self, x, targets=None):
+        """The end of readout, on its own so that compile_blocks can compile it."""
         logits = F.linear(self.ln_f(x), self.wte.weight)    # (B, T, V)
         if targets is None:
             return logits, None
@@ -307,7 +308,8 @@ def flops_per_token(config, n_loop=None):
     PaLM (arXiv 2204.02311, appendix B), so that the figure can be set beside others'.
     """
     c = config
-    passes = c.n_layer + (c.loop_end - c.loop_start) * ((n_loop or c.n_loop) - 1)    # of a block
+    # how many blocks a token passes
+    passes = c.n_layer + (c.loop_end - c.loop_start) * ((n_loop or c.n_loop) - 1)
     weights = passes * 12 * c.n_embd ** 2 + c.vocab_size * c.n_embd
     return 6 * weights + 12 * passes * c.block_size * c.n_embd
 

@@ -102,7 +102,7 @@ def token_stream(source, tokenizer, shards):
 
 
 def write_data(folder, source, tokenizer, shards):
-    """Write a source's tokens to folder, each file beside and then renamed, meta.json last."""
+    """Write a source's tokens to folder, in temporary files, renamed at the end."""
     parts = {split: folder / f"{split}.bin.tmp" for split in SPLITS}
     meta = {"dataset": source, "tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab}
     meta |= {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
@@ -262,7 +262,7 @@ def read_openwebtext(shards):
                     for document in archive:
                         if document.isfile() and document.name.endswith(".txt"):
                             text = archive.extractfile(document).read().decode()
-                            yield re.sub("\n\n\n+", "\n\n", text).strip()  # as it was published
+                            yield re.sub("\n\n\n+", "\n\n", text).strip()
 
 
 def read_fineweb(shards):
@@ -309,9 +309,10 @@ def download(url, sha256=None, hint="run the same command again to go on"):
             break
         except requests.RequestException as error:
             status = None if error.response is None else error.response.status_code
-            offline = status is None and not part.exists()
             reason = f"HTTP {status}" if status else type(error).__name__
-            if wait is None or offline or status not in (None, 429, 500, 502, 503, 504):
+            offline = status is None and not part.exists()
+            refused = status not in (None, 429, 500, 502, 503, 504)
+            if offline or refused or wait is None:  # or the last attempt
                 sys.exit(f"{url} could not be downloaded ({reason}): {hint}")
             print(f"{reason}, once more in {wait} s", file=sys.stderr)
             time.sleep(wait)
@@ -334,13 +335,14 @@ def fetch(url, part):
     if url.startswith(HUB) and os.environ.get("HF_TOKEN"):  # requests drops it on other hosts
         headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
     with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-        answers = (*response.history, response)
-        stated = "".join(answer.headers.get("X-Linked-Etag", "") for answer in answers)
+        answers = (*response.history, response)  # one of the redirects states it
+        stated = "".join(answer.headers.get("X-Linked-Etag", "") for answer in answers).strip('"')
         if response.status_code == 416:  # nothing is missing
-            return stated.strip('"')
+            return stated
         response.raise_for_status()
         resumed = response.status_code == 206
-        have = have if resumed else 0  # a server without ranges starts again
+        if not resumed:  # a server without ranges starts again
+            have = 0
         total, shown = have + int(response.headers.get("Content-Length", 0)), time.time()
         with open(part, "ab" if resumed else "wb") as file:
             for block in response.iter_content(1 << 16):
@@ -349,7 +351,7 @@ def fetch(url, part):
                 if time.time() - shown > 5:
                     shown = time.time()
                     print(f"{have / 1e6:,.0f} of {total / 1e6:,.0f} MB", file=sys.stderr)
-    return stated.strip('"')
+    return stated
 
 
 # ---- the command line ----
@@ -373,7 +375,7 @@ def flag_number(text, kind, low, high=math.inf):
     try:
         value = kind(text)
     except ValueError:
-        value = math.nan
+        value = math.nan  # which fails every comparison
     if not low <= value < high:
         what = "a whole number" if kind is int else "a number"
         below = f" and below {high}" if high < math.inf else ""
@@ -398,7 +400,7 @@ def main():
     args = parser.parse_args()
     shards = SHARDS.get(args.source)
     if args.shards and not (shards and args.shards <= shards):
-        parser.error(f"--shards={args.shards}: openwebtext has 1 to 21, fineweb 103, others none")
+        parser.error(f"--shards={args.shards}: 1 to 21 for openwebtext, to 103 for fineweb")
     if Path(args.data_dir).is_file():
         parser.error(f"--data_dir={args.data_dir} is a file: name a folder")
     if args.source == "fineweb" and args.tokenizer == "byte":

@@ -474,7 +474,7 @@ def test_prepare_keeps_the_last_good_data(tmp_path, monkeypatch, mistakes):
         (["openwebtext"], "GPT-2's vocabulary could not be"),
         (["good.txt", "--tokenizer=gpt2"], "on bytes: python prepare.py --tokenizer=byte"),
         (["fineweb", "--tokenizer=byte"], "leave out --tokenizer=byte"),
-        (["openwebtext", "--shards=22"], "1 to 21"), (["good.txt", "--shards=1"], "others none"),
+        (["openwebtext", "--shards=22"], "1 to 21"), (["good.txt", "--shards=1"], "1 to 21"),
         (["good.txt", "--data_dir=good.txt"], "is a file: name a folder"),
         (["fineweb", "--shards=0"], "must be a whole number of at least 1"))
 

@@ -54,8 +54,8 @@ PRESETS = {
     "gpt2-45m-loop": dict(n_layer=1, n_loop=2, **RECIPE),
 }
 # A resumed run may change these flags. The others must be the checkpoint's.
-FREE = {"data_dir", "out_dir", "resume", "max_steps", "eval_interval", "log_interval", "device",
-        "dtype", "compile", "checkpoint_loops"}
+MAY_CHANGE = {"data_dir", "out_dir", "resume", "max_steps", "eval_interval", "log_interval",
+              "device", "dtype", "compile", "checkpoint_loops"}
 
 
 # ---- the flags ----
@@ -66,7 +66,7 @@ def make_parser():
     switch = argparse.BooleanOptionalAction
     add("--preset", choices=PRESETS, help="a model of the paper with its recipe; flags override it")
     add("--data_dir", default="data", help="what prepare.py wrote")
-    add("--out_dir", default="out", help="where ckpt.pt goes, at each evaluation")
+    add("--out_dir", default="out", help="ckpt.pt goes there at each evaluation, over an older one")
     add("--resume", action="store_true", help="go on from ckpt.pt of out_dir")
     add("--init_from", help="start from gpt2, gpt2-medium, -large, -xl or a model.safetensors")
     add("--init_layers", type=comma_separated_numbers, help="the blocks to take, such as 0,2,4")
@@ -85,13 +85,13 @@ def make_parser():
     # the training
     add("--batch_size", type=positive, default=8, help="sequences that a process computes at once")
     add("--gradient_accumulation_steps", type=positive, default=1, help="batches of a step, in all")
-    add("--stride", type=positive, default=1, help="sequences start at multiples of it, hops: 59")
+    add("--stride", type=positive, default=1, help="sequences start at multiples of it")
     add("--max_steps", type=natural, default=6000, help="updates of the weights")
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="muon: for the blocks' matrices")
-    add("--learning_rate", type=not_negative, default=8e-3, help="the highest; the last is a tenth")
+    add("--learning_rate", type=not_negative, default=8e-3, help="the peak; it falls to a tenth")
     add("--warmup_steps", type=natural, default=100, help="steps of linear warm-up")
     add("--weight_decay", type=not_negative, default=0.1, help="of matrices")
-    add("--grad_clip", type=not_negative, default=1.0, help="highest norm of a gradient; 0: any")
+    add("--grad_clip", type=not_negative, default=1.0, help="clip gradients to this norm; 0: never")
     add("--seed", type=natural, default=0, help="of weights, batches and dropout")
     # reports and the machine
     add("--eval_interval", type=positive, default=1500, help="steps between evaluations and saves")
@@ -123,7 +123,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.resume:
         for name, saved in state["args"].items():
-            if name not in FREE and getattr(args, name) != saved:
+            if name not in MAY_CHANGE and getattr(args, name) != saved:
                 parser.error(f"--{name}={getattr(args, name)} cannot be resumed into, the "
                              f"checkpoint has {saved}: leave out the flag, or --resume")
     if args.n_loop_min and args.n_loop_min > args.n_loop:
