@@ -237,15 +237,16 @@ def make_hops(count=60_000, letters="abcdefghij"):
     """Yield documents of 58 characters: a map of 10 letters, then 16 questions about it.
 
     The map says to which letter a, b, .. j lead. All lie on one circle. A question is the number of
-    hops, 1 to 6, the letter to start from, and the answer. The more hops, the rarer.
+    hops, 1 to 6, the letter to start from, and the answer, from which the next question starts.
     """
     rng, numbers = random.Random(0), range(1, 7)
     for _ in range(count):
-        circle = rng.sample(letters, len(letters))
-        text = "".join(circle[(circle.index(letter) + 1) % len(circle)] for letter in letters)
+        circle, start = rng.sample(letters, 10), rng.randrange(10)
+        text = "".join(circle[(circle.index(letter) + 1) % 10] for letter in letters)
         for hops in rng.choices(numbers, [number ** -1.5 for number in numbers], k=16):
-            start = rng.randrange(len(circle))
-            text += f"{hops}{circle[start]}{circle[(start + hops) % len(circle)]}"
+            end = (start + hops) % 10
+            text += f"{hops}{circle[start]}{circle[end]}"
+            start = end
         yield text
 
 

@@ -227,6 +227,7 @@ def test_hops_lead_to_the_answers():
         assert len(visited) == 10  # one circle: a short one would end the hops early
         questions = [text[i:i + 3] for i in range(10, 58, 3)]
         assert len(text) == 58 and len(questions) == 16
+        assert [q[1] for q in questions[1:]] == [q[2] for q in questions[:-1]]
         for hops, letter, answer in questions:
             for _ in range(int(hops)):
                 letter = leads_to[letter]
