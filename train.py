@@ -135,9 +135,9 @@ def get_args(argv=None):
 
 def get_config(args, vocab_size):
     """Return the GPTConfig that the flags describe."""
-    flags = {field.name: getattr(args, field.name, None) for field in fields(GPTConfig)}
+    names = [field.name for field in fields(GPTConfig) if field.name != "vocab_size"]
     try:
-        return GPTConfig(**{**flags, "vocab_size": vocab_size})
+        return GPTConfig(vocab_size=vocab_size, **{name: getattr(args, name) for name in names})
     except ValueError as error:
         sys.exit(f"train.py: {error}")
 
@@ -245,8 +245,8 @@ def peak_flops(device):
     return peaks.get(name.removeprefix("NVIDIA "))
 
 
-def check(args, train_data, val_data, meta, state, world):
-    """Exit in one line if flags, data, checkpoint and processes do not fit together."""
+def check(args, train_data, val_data, meta, world):
+    """Exit in one line if flags, data and processes do not fit together."""
     tokens = f"{args.data_dir} has a vocabulary of {meta['vocab_size']} {meta['tokenizer']} tokens"
     if min(len(train_data), len(val_data)) <= args.block_size:
         sys.exit(f"{args.data_dir} is too short for block_size={args.block_size}: "
@@ -262,10 +262,15 @@ def check(args, train_data, val_data, meta, state, world):
     if args.batch_size * args.gradient_accumulation_steps % world:
         sys.exit(f"{world} processes cannot share the sequences of a step equally: "
                  "change --batch_size or --gradient_accumulation_steps")
-    if args.resume and any(state["data"][split] != meta[split] for split in ("train", "val")):
-        sys.exit(f"{args.data_dir} is not the data of the checkpoint, {state['data']['dataset']} "
-                 f"in {state['data']['tokenizer']} tokens: give its --data_dir, or start anew")
-    if args.resume and state["step"] > args.max_steps:
+
+
+def check_resumed(args, meta, state):
+    """Exit in one line if a checkpoint's state is not of this data, or beyond the last step."""
+    data = state["data"]
+    if any(data[split] != meta[split] for split in ("train", "val")):
+        sys.exit(f"{args.data_dir} is not the data of the checkpoint, {data['dataset']} in "
+                 f"{data['tokenizer']} tokens: give its --data_dir, or start anew")
+    if state["step"] > args.max_steps:
         sys.exit(f"the checkpoint has {state['step']} steps: give more --max_steps")
 
 
@@ -287,19 +292,21 @@ def train(args):
 
     # the data, the model, its optimizers
     train_data, val_data, meta = load_data(args.data_dir)
-    model, state = load_checkpoint(out / "ckpt.pt") if args.resume else (None, None)
-    check(args, train_data, val_data, meta, state, world)
-    torch.manual_seed(args.seed)
+    check(args, train_data, val_data, meta, world)
     c = get_config(args, meta["vocab_size"])
-    if args.init_from and not args.resume:
+    torch.manual_seed(args.seed)
+    start, seconds = 0, 0.0
+    if args.resume:
+        model, state = load_checkpoint(out / "ckpt.pt")
+        check_resumed(args, meta, state)
+        start, seconds = state["step"], state["seconds"]
+    elif args.init_from:
         model = from_pretrained(find_gpt2(args.init_from), args.init_layers, **asdict(c))
-    elif not args.resume:
+    else:
         model = GPT(c)
     model.to(device)
     optimizers = configure_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
-    start, seconds = 0, 0.0
     if args.resume:
-        start, seconds = state["step"], state["seconds"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     autocast, bf16 = set_up(model, args, device)
