@@ -347,13 +347,9 @@ def compare(flags):
     models = models_of(args.what, args.scale, shared, meta["vocab_size"])
     device = pick_device(base.device)
     workers = os.cpu_count() if device.type == "cpu" else 1
-    longest_first = sorted(models.items(), reverse=True,
-                           key=lambda model: training_flops(model[1], meta["vocab_size"]))
     work = partial(study, meta["train"]["sha256"], args.seeds, args.sweep)
     with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(work, longest_first))
-    done = {label: row for (label, _), row in zip(longest_first, results, strict=True)}
-    rows = {label: done[label] for label in models}
+        rows = dict(zip(models, pool.map(work, models.items()), strict=True))
 
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{workers} CPU cores"
     tokens = f"{meta['train']['tokens']:,} {meta['tokenizer']} tokens"
