@@ -183,9 +183,10 @@ def per_loop(model, x, y):
     """
     readouts = [model.readout(state, y) for state in model.states(x)]
     losses = torch.stack([loss for _, loss in readouts])                        # (N,)
-    p = torch.stack([logits[0] for logits, _ in readouts]).log_softmax(-1)      # (N, T, V)
-    kl = F.kl_div(p, p[-1:].expand_as(p), reduction="none", log_target=True).sum(-1).mean(-1)
-    same = (p.argmax(-1) == p[-1].argmax(-1)).float().mean(-1)
+    log_p = torch.stack([logits[0] for logits, _ in readouts]).log_softmax(-1)  # (N, T, V)
+    last = log_p[-1:].expand_as(log_p)
+    kl = F.kl_div(log_p, last, reduction="none", log_target=True).sum(-1).mean(-1)
+    same = (log_p.argmax(-1) == last.argmax(-1)).float().mean(-1)
     return torch.stack((losses, kl, same), dim=1).cpu()
 
 

@@ -237,7 +237,8 @@ def make_hops(count=60_000, letters="abcdefghij"):
     """Yield documents of 58 characters: a map of 10 letters, then 16 questions about it.
 
     The map says to which letter a, b, .. j lead. All lie on one circle. A question is the number of
-    hops, 1 to 6, the letter to start from, and the answer, from which the next question starts.
+    hops, 1 to 6 (the more, the rarer), the letter to start from, and the answer, from which the
+    next question starts.
     """
     rng, numbers = random.Random(0), range(1, 7)
     for _ in range(count):
