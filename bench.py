@@ -1,13 +1,10 @@
 """
 What a model costs, what its loops bring, and what models learn when they are trained side by side.
 
-    python bench.py speed                                   the paper's four models; small on a CPU
-    python bench.py speed --preset=gpt2-81m-loop            one model, by any flags of train.py
-    python bench.py loops --out_dir=out                     what each loop of out/ckpt.pt brings
-    python bench.py compare --what=loops                    1 to 8 loops, equal parameters and data
-    python bench.py compare --what=compute                  1 to 6 loops, equal compute
-    python bench.py compare --what=paper --scale=small      the paper's pairs, at GPT-2's width
-    python bench.py compare --what=readings --n_embd=96     other flags of train.py go to all runs
+    python bench.py speed                           the paper's four models; small ones on a CPU
+    python bench.py speed --preset=gpt2-81m-loop    one model, by any flags of train.py
+    python bench.py loops --out_dir=out-arrows      what each loop of a checkpoint brings, a picture
+    python bench.py compare --what=default --sweep  an experiment: see EXPERIMENTS
 
 speed measures each model in a process of its own, with nothing compiled before. start is the time
 until the first step is done, the other times are medians. memory is what training adds, MFU the
@@ -15,14 +12,14 @@ share of the peak that the maker states.
 
 compare gives every model the same data, for a seed in the same order, and the same evaluation.
 --sweep finds each its own learning rate: it tries rates a factor of two apart, with seed 0, until
-the best lies between two others. results/SCALE-WHAT.json records every trial. A finished run in
+the best lies between two others. results/WHAT.json records every trial. A finished run in
 out-compare/ is not repeated, an interrupted one goes on.
 """
+import argparse
 import hashlib
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,74 +30,61 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 import train
-from model import (
-    GPT,
-    OPTIMIZERS,
-    RESIDUALS,
-    configure_optimizers,
-    flops_per_token,
-    generate,
-    load_checkpoint,
-    pick_device,
-)
-from prepare import Parser, load_data, positive, write_json
+from model import GPT, KVCache, flops_per_token, generate, load_checkpoint, pick_device
+from prepare import load_data, make_arrows
+from sample import exit_early
+from train import positive
 
 # ---- speed: what a model costs ----
 
-SMALL = ["--n_embd=128", "--n_head=4", "--no-bias", "--residual=sum", "--optimizer=adamw"]
+SMALL = "--n_embd=128 --n_head=4 --no-bias --optimizer=adamw"   # the paper's layouts, for a CPU
+LAYOUTS = {"12 x 1": "--n_layer=12", "6 x 6": "--n_layer=6 --n_loop=6", "1 x 1": "--n_layer=1",
+           "1 x 2": "--n_layer=1 --n_loop=2"}
 
 
 def speed(flags):
     """Print a table of the model that the flags describe, or of the paper's four models."""
-    train.get_args(flags)  # a wrong flag, or --help, ends here
+    args, _ = train.get_args(flags)  # a wrong flag, or --help, ends here
+    device = pick_device(args.device)
     if flags:
-        rows = {"these flags": flags}
-    elif pick_device("auto").type == "cpu":
-        layouts = [(preset["n_layer"], preset["n_loop"]) for preset in train.PRESETS.values()]
-        rows = {f"{a} x {n}, small": [*SMALL, *layout(a, n)] for a, n in layouts}
+        models = {"these flags": flags}
+    elif device.type == "cuda":
+        models = {name: [f"--preset={name}"] for name in train.PRESETS if name != "arrows"}
     else:
-        rows = {name: [f"--preset={name}"] for name in train.PRESETS}
-    first = None
-    for name, row_flags in rows.items():
+        models = {f"{name}, small": f"{SMALL} {layout}".split() for name, layout in LAYOUTS.items()}
+    print(f"{'':<14} {'params':>8} {'MFLOPs/token':>12} {'start':>6} {'ms/step':>8} "
+          f"{'tokens/s':>9} {'MFU':>4} {'memory':>8} {'decode':>8}", flush=True)
+    for name, model_flags in models.items():
         with tempfile.TemporaryDirectory() as empty:  # nothing compiled before
             env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
-            command = [sys.executable, __file__, "measure", *row_flags]
-            done = subprocess.run(command, text=True, stdout=subprocess.PIPE, env=env)
-        if done.returncode:
-            sys.exit(f"{name} could not be measured, see above")
-        r = json.loads(done.stdout.splitlines()[-1])
-        if first is None:
-            first = r["step"]
-            print(f"{r['device']}, {r['tokens']:,} tokens a step\n{'model':<14} {'params':>8} "
-                  f"{'MFLOPs/token':>12} {'start':>6} {'ms/step':>8} {'tokens/s':>9} {'MFU':>4} "
-                  f"{'memory':>8} {'decode':>8} {'time':>6}")
-        rate = r["tokens"] / r["step"]
-        mfu = f"{rate * r['flops'] / r['peak']:4.0%}" if r["peak"] else "   -"
-        print(f"{name:<14} {r['params'] / 1e6:7.2f}M {r['flops'] / 1e6:12,.1f} {r['start']:5.1f}s "
-              f"{r['step'] * 1e3:8,.1f} {rate:9,.0f} {mfu} {r['memory'] / 1e6:6,.0f}MB "
-              f"{r['decode']:6,.0f}/s {r['step'] / first:5.2f}x", flush=True)
+            command = [sys.executable, __file__, "measure", name, *model_flags]
+            if subprocess.run(command, env=env).returncode:
+                sys.exit(f"{name} could not be measured, see above")
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    print(f"device: {device_name(device)}{threads}, torch {torch.__version__}")
 
 
 def measure(flags):
-    """Print the figures of one model as a line of JSON: one micro-batch a step, then decoding."""
-    args = train.get_args(flags)
+    """Print one row of the table: batch_size sequences a step, then decoding."""
+    name, *flags = flags
+    args, _ = train.get_args(flags)
     device = pick_device(args.device)
-    config = train.get_config(args, getattr(args, "vocab_size", 50257 if args.preset else 257))
+    for_gpt2 = (args.preset or "").startswith("gpt2")
+    config = train.get_config(args, getattr(args, "vocab_size", 50257 if for_gpt2 else 257))
     torch.manual_seed(args.seed)
     x, y = torch.randint(config.vocab_size, (2, args.batch_size, args.block_size), device=device)
     memory_before, began = peak_memory(device), time.perf_counter()
     model = GPT(config).to(device)
-    optimizers = configure_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizers = train.configure_optimizers(model, args)
     autocast, bf16 = train.set_up(model, args, device)
     step = partial(train.train_step, model, optimizers, x, y, args, autocast)
     time_of(step, device)
     start = time.perf_counter() - began
     count = max(5, min(50, int(10 / time_of(step, device))))
-    times = [time_of(step, device) for _ in range(count)]
-    memory_used = peak_memory(device) - memory_before
+    step_time = np.median([time_of(step, device) for _ in range(count)])
+    memory = peak_memory(device) - memory_before
 
     plain = GPT(config).to(device).eval()  # decoding: not compiled, half of the context as a prompt
     if bf16:
@@ -108,197 +92,259 @@ def measure(flags):
     count = min(128, args.block_size // 2)
     tokens = generate(plain, x[:1, :args.block_size // 2], count)
     next(tokens)  # reads the prompt
-    decoding = [time_of(partial(next, tokens), device) for _ in range(count - 1)]
-    name = torch.cuda.get_device_name() if device.type == "cuda" else (
-        f"{device.type}, {torch.get_num_threads()} threads")
-    print(json.dumps({"params": sum(p.numel() for p in model.parameters()), "start": start,
-                      "flops": flops_per_token(config), "step": np.median(times),
-                      "memory": memory_used, "tokens": x.numel(), "decode": 1 / np.median(decoding),
-                      "peak": train.peak_flops(device) if bf16 else None,
-                      "device": f"{name}, {'bf16' if bf16 else 'float32'}"}))
+    token_time = np.median([time_of(partial(next, tokens), device) for _ in range(count - 1)])
+
+    params, flops = sum(p.numel() for p in model.parameters()), flops_per_token(config)
+    peak = train.peak_flops(device) if bf16 else None
+    mfu = f"{x.numel() / step_time * flops / peak:4.0%}" if peak else "   -"
+    print(f"{name:<14} {params / 1e6:7.2f}M {flops / 1e6:12,.1f} {start:5.1f}s "
+          f"{step_time * 1e3:8,.1f} {x.numel() / step_time:9,.0f} {mfu} {memory / 1e6:6,.0f}MB "
+          f"{1 / token_time:6,.0f}/s", flush=True)
 
 
 def time_of(work, device):
-    """How long work() takes on the device."""
-    synchronize = torch.get_device_module(device).synchronize
-    synchronize()
+    """How long work() takes on the device, in seconds."""
+    module = torch.get_device_module(device)
+    module.synchronize()
     began = time.perf_counter()
     work()
-    synchronize()
+    module.synchronize()
     return time.perf_counter() - began
 
 
 def peak_memory(device):
     """The most bytes that were in use so far."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# ---- loops: what each loop brings ----
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
-@torch.no_grad()
+
+# ---- loops: what each loop of a checkpoint brings ----
+
 def loops(flags):
-    """Print what a checkpoint predicts after each loop, and in passes of 1 to 2N loops.
-
-    They differ: the readings `mean` and `scaled` divide by the loops of the pass.
-    """
-    parser = Parser(loops.__doc__)
-    parser.prog = "bench.py loops"
-    parser.add_argument("--out_dir", default="out", help="where train.py left its ckpt.pt")
-    parser.add_argument("--data_dir", default="data", help="what prepare.py wrote")
-    parser.add_argument("--windows", type=positive, default=64, help="contexts to read")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps")
+    """Print the loss after each loop. For the puzzle, print and draw how many answers are right."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py loops", description=loops.__doc__, usage=argparse.SUPPRESS,
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out_dir", default="out", help="the folder with train.py's ckpt.pt")
+    parser.add_argument("--data_dir", help="the folder that prepare.py wrote; None: as in training")
+    parser.add_argument("--n_loop", type=positive, default=16, help="loops to try on the puzzle")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
     args = parser.parse_args(flags)
     device = pick_device(args.device)
     model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt", device)
-    _, data, meta = load_data(args.data_dir)
-    c = model.eval().config
-    if meta["vocab_size"] != c.vocab_size or len(data) <= c.block_size:
-        sys.exit(f"{args.data_dir} is not what the model was trained on: give its --data_dir")
-    after_each, passes = 0, 0
-    starts = np.linspace(0, len(data) - 1 - c.block_size, args.windows).astype(int)
-    starts -= starts % state["args"]["stride"]
-    for start in starts:
-        x, y = train.windows(data, [start], c.block_size, c.vocab_size)
-        x, y = x.to(device), y.to(device)
-        after_each = after_each + per_loop(model, x, y) / args.windows
-        losses = [model(x, y, n_loop=n)[1] for n in range(1, 2 * c.n_loop + 1)]
-        passes = passes + torch.stack(losses).cpu() / args.windows
-    print(f"h[{c.loop_start}:{c.loop_end}] x {c.n_loop} ({c.residual}), {args.windows} windows of "
-          f"{c.block_size} tokens\n{'loop':>4} {'val loss':>8} {'KL':>7} {'as final':>8}")
-    for n, (loss, kl, same) in enumerate(after_each.tolist(), start=1):
-        print(f"{n:4} {loss:8.4f} {kl:7.4f} {same:8.1%}")
-    print(f"passes of 1 to {2 * c.n_loop} loops: {' '.join(f'{x:.4f}' for x in passes.tolist())}")
-    if meta["dataset"] == "hops":
-        x, y = train.windows(data, starts, c.block_size, c.vocab_size)
-        print_answers(model, x.to(device), y.to(device))
+    trained = argparse.Namespace(**state["args"])
+    data_dir = args.data_dir or trained.data_dir
+    _, val_data, meta = load_data(data_dir)
+    if any(meta[split] != state["data"][split] for split in ("train", "val")):
+        sys.exit(f"{data_dir} is not what the model was trained on: give its --data_dir")
+    if meta["dataset"] != "arrows":
+        score_token = train.get_score_token(trained, meta)
+        losses = train.evaluate(model, val_data, trained, score_token, device)
+        print("loop  val loss")
+        for n, loss in enumerate(losses, start=1):
+            print(f"{n:4} {loss:9.4f}")
+        return
+    table = right_answers(model, args.n_loop)
+    print("right answers in %, by the steps from the question to its answer (training: 0 to 4)")
+    print(f"after loop {' '.join(f'{steps:5}' for steps in range(10))}")
+    for n, row in enumerate(table, start=1):
+        print(f"{n:10} {' '.join(f'{share:5.1%}' for share in row)}")
+    used = loops_to_settle(model)
+    print(f"loops that --exit_kl=0.01 takes, of {model.config.n_loop}:")
+    print(f"{'':10} {' '.join(f'{n:5.2f}' for n in used)}")
+    others = {"a blind guess": BLIND}
+    draw_staircase(Path(args.out_dir) / "loops.png", table, trained.n_loop, others)
 
 
-def per_loop(model, x, y):
-    """After each loop of a pass over x (1, T) with the targets y (1, T): (N, 3).
+BLIND = [1 / 4] * 5 + [1 / 2] * 5   # of right answers, by naming any of the 4 or 2 ends
 
-    The loss, KL(p(N) || p(n)) in nats, and the share of best guesses that are those of loop N.
+
+def puzzles(chains, count=1000):
+    """New documents of 4 or 2 chains, as tokens (count, 68).
+
+    In those of training the end of the most letters is a good guess: it is right for 87% of the
+    letters that are 4 steps from their end. With equal chains no guess is better than another.
     """
-    readouts = [model.readout(state, y) for state in model.states(x)]
-    losses = torch.stack([loss for _, loss in readouts])                        # (N,)
-    log_p = torch.stack([logits[0] for logits, _ in readouts]).log_softmax(-1)  # (N, T, V)
-    last = log_p[-1:].expand_as(log_p)
-    kl = F.kl_div(log_p, last, reduction="none", log_target=True).sum(-1).mean(-1)
-    same = (log_p.argmax(-1) == last.argmax(-1)).float().mean(-1)
-    return torch.stack((losses, kl, same), dim=1).cpu()
+    return torch.tensor([list(text.encode()) for text in make_arrows(count, chains, seed=1)])
 
 
-def print_answers(model, x, y):
-    """Print, after each loop, the share of right answers to questions of 1 to 6 hops.
+def steps_to_answer(x):
+    """How many arrows lead from each question of the documents x (B, 68) to its end: (B, 16)."""
+    points_to = x[:, :20] - ord("a")
+    letter = x[:, 20::3] - ord("a")
+    steps = torch.zeros_like(letter)
+    for _ in range(9):
+        target = points_to.gather(1, letter)
+        steps += target != letter
+        letter = target
+    return steps
 
-    x and y (B, 58) are documents of prepare.make_hops and their targets. A question is the number
-    of hops, the first letter, and the answer.
+
+@torch.no_grad()
+def right_answers(model, n_loop):
+    """The share of right answers after loop 1 .. n_loop to questions of 0 .. 9 steps: (n_loop, 10).
+
+    0 to 4 steps are of 4 chains. 5 to 9, which training never has, are of 2 chains.
     """
-    hops = x.roll(1, dims=1) - ord("0")                         # (B, T), where x is first letters
-    print(f"right answers to {16 * len(x)} questions of 1 to 6 hops, after each loop:")
-    for n, state in enumerate(model.states(x), start=1):
-        right = model.readout(state, y)[0].argmax(-1) == y      # (B, T)
-        shares = [right[hops == number].float().mean() for number in range(1, 7)]
-        print(f"{n:4} " + " ".join(f"{share:6.1%}" for share in shares))
+    table = np.zeros((n_loop, 10))
+    for chains, columns in ((4, range(5)), (2, range(5, 10))):
+        x, right = puzzles(chains), []
+        for part in x.to(model.wte.weight.device).split(100):
+            states = model.eval().states(part, n_loop)
+            logits = (model.predict(state, part)[0][:, 21:-1:3] for state in states)
+            right.append(torch.stack([guess.argmax(-1) == part[:, 22::3] for guess in logits]))
+        right = torch.cat(right, dim=1).cpu()       # (n_loop, B, 16)
+        for steps in columns:
+            table[:, steps] = right[:, steps_to_answer(x) == steps].float().mean(-1)
+    return table.tolist()
+
+
+@torch.no_grad()
+def loops_to_settle(model, exit_kl=0.01, count=50):
+    """The mean number of loops that sample.py's early exit takes for answers of 0 to 4 steps."""
+    x, used = puzzles(4, count), []
+    for document in x.to(model.wte.weight.device):
+        taken, cache = [], KVCache(model.config.block_size)
+        for idx in (document[:20], *document[20:67].split(1)):  # the map, then token by token
+            exit_early(model, exit_kl, taken, idx[None], cache=cache)
+            cache.advance(len(idx))
+        used.append(taken[2::3])    # at each >, which predicts an answer
+    used, steps = torch.tensor(used).double(), steps_to_answer(x)
+    return [used[steps == number].mean().item() for number in range(5)]
+
+
+def draw_staircase(path, table, trained_loops, others):
+    """Draw right_answers after loop 1 to 12, and below it a row (10,) for each of the others."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no picture {path}: pip install matplotlib")
+        return
+    rows = [*table[:12], [math.nan] * 10, *others.values()]
+    figure = Figure(figsize=(8, 0.9 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(rows, aspect="auto", cmap="YlGnBu", vmin=0, vmax=1.1)
+    for n, row in enumerate(rows):
+        for steps, share in enumerate(row):
+            if not math.isnan(share):
+                axes.text(steps, n, f"{100 * share:.0f}", ha="center", va="center",
+                          color="white" if share > 0.6 else "black")
+    shown = len(table[:12])
+    axes.plot([4.5, 4.5], [-0.5, shown - 0.5], "r", linewidth=2)
+    axes.plot([-0.5, 9.5], [trained_loops - 0.5] * 2, "r", linewidth=2)
+    axes.set_xticks(range(10))
+    axes.set_yticks([*range(shown), *range(shown + 1, len(rows))],
+                    [*(f"after loop {n + 1}" for n in range(shown)), *others])
+    axes.set(xlabel="steps from the question to its answer",
+             title=f"right answers in %; training ended at the red lines, 4 steps, "
+                   f"{trained_loops} loops")
+    figure.savefig(path, dpi=100)
+    print(f"written: {path}")
 
 
 # ---- compare: models trained side by side ----
 
-PAPER = {"12 x 1": 3.12, "6 x 6": 3.11, "1 x 1": 3.98, "1 x 2": 3.67}  # losses, arXiv 2409.14199
-SCALES = {  # what all runs share; tiny is for a CPU, small for one GPU, paper is the paper's
-    "tiny": ["--n_embd=32", "--n_head=2", "--block_size=128", "--batch_size=8", "--max_steps=1000",
-             "--learning_rate=16e-3", "--eval_interval=10000"],
-    "small": ["--preset=gpt2-124m", "--batch_size=32", "--gradient_accumulation_steps=1",
-              "--max_steps=1200", "--warmup_steps=120", "--eval_iters=20"],
-    "paper": ["--preset=gpt2-124m"],
+LOOPS_6 = "--target_flops=1.007e13"     # the compute of the default run with six loops
+PUZZLE = "--target_flops=1.143e13"      # the compute of --preset=arrows
+WIDE_32 = "--n_embd=32 --learning_rate=16e-3"
+PAIRS = "--n_embd=32"
+GPT2 = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
+        "--eval_iters=20 --eval_interval=10000")
+EXPERIMENTS = {     # {label: flags of train.py}
+    "default": {    # equal data, then equal compute
+        "1 loop": "--n_loop=1",
+        "2 loops": "--n_loop=2",
+        "4 loops": "--n_loop=4",
+        "6 loops": "--n_loop=6",
+        "1 loop, compute of 6": f"--n_loop=1 --learning_rate=2e-3 {LOOPS_6}",
+        "2 loops, compute of 6": f"--n_loop=2 --learning_rate=4e-3 {LOOPS_6}",
+    },
+    "compute": {    # five budgets
+        f"{n} x, {flops} FLOPs": f"{WIDE_32} --n_loop={n} --target_flops={flops}"
+        for flops in ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12") for n in (1, 2, 4, 6)
+    },
+    "variants": {
+        f"{residual}, {optimizer}": f"--n_loop=6 --residual={residual} --optimizer={optimizer}"
+        for residual in train.RESIDUALS for optimizer in train.OPTIMIZERS
+    },
+    "pairs": {      # the paper's two pairs in its proportions, each with two controls
+        "4 blocks": f"{PAIRS} --n_layer=4",
+        "2 blocks x 3": f"{PAIRS} --n_layer=2 --n_loop=3",
+        "2 blocks x 3, each in turn": f"{PAIRS} --n_layer=2 --n_loop=3 --loop_order=block",
+        "6 blocks": f"{PAIRS} --n_layer=6",
+        "4 blocks, compute of 2 x 3": f"{PAIRS} --n_layer=4 --target_flops=3.222e12",
+        "1 block": f"{PAIRS} --n_layer=1",
+        "1 block x 2": f"{PAIRS} --n_layer=1 --n_loop=2",
+        "2 blocks": f"{PAIRS} --n_layer=2",
+        "1 block, compute of 1 x 2": f"{PAIRS} --n_layer=1 --target_flops=1.209e12",
+    },
+    "paper": {      # the same at GPT-2's width and vocabulary, for one GPU
+        "12 blocks": f"--preset=gpt2-124m {GPT2}",
+        "6 blocks x 6": f"--preset=gpt2-81m-loop {GPT2}",
+        "6 blocks x 6, no gate": f"--preset=gpt2-81m-loop --residual=sum {GPT2}",
+        "36 blocks": f"--preset=gpt2-124m --n_layer=36 {GPT2}",
+        "1 block": f"--preset=gpt2-45m {GPT2}",
+        "1 block x 2": f"--preset=gpt2-45m-loop {GPT2}",
+        "1 block x 2, no gate": f"--preset=gpt2-45m-loop --residual=sum {GPT2}",
+        "2 blocks": f"--preset=gpt2-45m --n_layer=2 {GPT2}",
+    },
+    "arrows": {     # the puzzle, and its controls with equal compute
+        "loops drawn from 1 to 6": "--preset=arrows",
+        "no gate": "--preset=arrows --residual=sum",
+        "always six loops": f"--preset=arrows --n_loop_min=6 {PUZZLE}",
+        "one forward pass": f"--preset=arrows --n_loop=1 --n_loop_min=1 {PUZZLE}",
+        "six blocks": f"--preset=arrows --n_layer=6 --n_loop=1 --n_loop_min=1 {PUZZLE}",
+    },
 }
-BUDGETS = 5  # of compute, each 2.5 times the last; the first is one pass of max_steps
-
-
-def layout(n_layer, n_loop):
-    return [f"--n_layer={n_layer}", f"--n_loop={n_loop}"]
-
-
-def training_flops(flags, vocab_size):
-    """The FLOPs of a whole training."""
-    args = train.get_args(flags)
-    tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size * args.max_steps
-    return flops_per_token(train.get_config(args, vocab_size), train.mean_n_loop(args)) * tokens
-
-
-def equal_compute(flags, budget, vocab_size):
-    """The flags, with as many steps as cost `budget` FLOPs.
-
-    The best rate falls with the steps: the first guess goes as 1 / sqrt(steps), in factors of two.
-    """
-    args = train.get_args(flags)
-    steps = round(args.max_steps * budget / training_flops(flags, vocab_size))
-    halvings = round(math.log2(steps / args.max_steps) / 2)
-    rate = args.learning_rate / 2 ** halvings
-    return [*flags, f"--max_steps={steps}", f"--learning_rate={rate:g}"]
-
-
-def models_of(what, scale, shared, vocab_size):
-    """{label: flags of train.py} of a comparison."""
-    if what == "loops":
-        return {f"1 x {n}": [*shared, *layout(1, n)] for n in (1, 2, 3, 4, 6, 8)}
-    models = {}
-    if what == "compute":
-        least = training_flops([*shared, *layout(1, 1)], vocab_size)
-        for budget in (least * 2.5 ** k for k in range(BUDGETS)):
-            for n in (1, 2, 4, 6):
-                flags = equal_compute([*shared, *layout(1, n)], budget, vocab_size)
-                models[f"1 x {n}, {budget:.1e} FLOPs"] = flags
-    if what == "readings":
-        for optimizer in OPTIMIZERS:
-            for residual in RESIDUALS:
-                flags = [f"--optimizer={optimizer}", f"--residual={residual}"]
-                models[f"{residual}, {optimizer}"] = [*shared, *layout(1, 6), *flags]
-            models[f"one pass, {optimizer}"] = [*shared, *layout(1, 1), f"--optimizer={optimizer}"]
-    if what == "paper":
-        for plain, n_layer, n_loop in ((4, 2, 3) if scale == "tiny" else (12, 6, 6), (1, 1, 2)):
-            one_pass, looped = [*shared, *layout(plain, 1)], [*shared, *layout(n_layer, n_loop)]
-            models[f"{plain} x 1"] = one_pass
-            models[f"{n_layer} x {n_loop}"] = looped
-            # the controls: as deep without sharing, and one pass with the compute of the loops
-            models[f"{n_layer * n_loop} x 1, unshared"] = [*shared, *layout(n_layer * n_loop, 1)]
-            label = f"{plain} x 1, compute of {n_layer} x {n_loop}"
-            budget = training_flops(looped, vocab_size)
-            models[label] = equal_compute(one_pass, budget, vocab_size)
-    return models
 
 
 def train_run(label, flags, data_sha256, rate, seed):
-    """Return the last line of train.py with these flags, as a dict; None if it diverged."""
+    """Return the last line of train.py with these flags, as a dict. Its val_loss may be None."""
     flags = [*flags, f"--learning_rate={rate:g}", f"--seed={seed}"]
-    args = train.get_args(flags)
+    args, _ = train.get_args(flags)
     key = hashlib.sha256(json.dumps([vars(args), data_sha256]).encode()).hexdigest()[:12]
     folder = Path("out-compare") / f"{args.n_layer}x{args.n_loop}-{key}"
     path = folder / "result.json"
     if not path.exists():
-        gpus = torch.cuda.device_count() if pick_device(args.device).type == "cuda" else 0
+        device = pick_device(args.device)
         resumed = (folder / "ckpt.pt").exists()
-        result = run_train_py(["--resume"] if resumed else flags, folder, gpus)
-        write_json(path, result)
+        result = run_train_py(["--resume"] if resumed else flags, folder, device)
+        if args.preset == "arrows" and result["val_loss"] is not None:
+            model, _ = load_checkpoint(folder / "ckpt.pt", device)
+            n_loop = 16 if args.n_loop > 1 else 1
+            result["right"] = right_answers(model, n_loop)
+        path.write_text(json.dumps(result))
         for checkpoint in folder.glob("*.pt"):
             checkpoint.unlink()  # large, and no longer needed
     result = json.loads(path.read_text())
-    outcome = f"{result['val_loss']:.4f}" if result else "diverged"
-    print(f"{label:<30} rate {rate:g}, seed {seed}: {outcome}", flush=True)
+    outcome = "diverged" if result["val_loss"] is None else f"{result['val_loss']:.4f}"
+    print(f"{label:<26} rate {rate:g}, seed {seed}: {outcome}", flush=True)
     return result
 
 
-def run_train_py(flags, folder, gpus):
+def run_train_py(flags, folder, device):
+    """Run train.py in a process of its own, on all GPUs or on one CPU core. Return its last line.
+
+    That line is JSON also if the training diverged.
+    """
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     script = str(Path(__file__).with_name("train.py"))
     command = [sys.executable, *(launch if gpus > 1 else []), script, *flags, f"--out_dir={folder}"]
-    env = os.environ if gpus else os.environ | {"OMP_NUM_THREADS": "1"}  # a core for each run
+    env = os.environ if gpus else os.environ | {"OMP_NUM_THREADS": "1"}
+    folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(command, text=True, capture_output=True, env=env)
-    if "smaller --learning_rate" in done.stderr:  # train.check_finite's message
-        return None
-    if done.returncode:
+    if not done.stdout.endswith("}\n"):
         sys.exit(f"the run in {folder} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -310,67 +356,69 @@ def study(data_sha256, seeds, sweep, model):
     """
     label, flags = model
     train_at = partial(train_run, label, flags, data_sha256)
-    best = train.get_args(flags).learning_rate
-    trials = {}  # {rate: loss at seed 0}
+    best = train.get_args(flags)[0].learning_rate
+    trials = {}  # {rate: loss at seed 0, None if it diverged}
     while sweep and len(trials) < 12:  # a limit, if all diverge
         untried = [rate for rate in (best, best / 2, best * 2) if rate not in trials]
         if not untried:
             break
         for rate in untried:
-            result = train_at(rate, 0)
-            trials[rate] = result["val_loss"] if result else math.inf
-        best = min(trials, key=lambda rate: (trials[rate], rate))  # the lowest if all diverged
+            trials[rate] = train_at(rate, 0)["val_loss"]
+        finite = [rate for rate in trials if trials[rate] is not None]
+        best = min(finite, key=trials.get) if finite else min(trials)
     runs = [train_at(best, seed) for seed in range(seeds)]
-    losses = [result["val_loss"] for result in runs if result]
-    return {"learning_rate": best, "runs": runs,
-            "mean": sum(losses) / len(losses) if losses else None,
+    losses = [run["val_loss"] for run in runs if run["val_loss"] is not None]
+    return {"flags": " ".join(flags), "learning_rate": best, "runs": runs,
+            "mean": np.mean(losses) if losses else None,
             "spread": (max(losses) - min(losses)) / 2 if losses else None,
-            "trials": {f"{rate:g}": loss if math.isfinite(loss) else None
-                       for rate, loss in sorted(trials.items())}}
+            "trials": {f"{rate:g}": trials[rate] for rate in sorted(trials)}}
 
 
 def compare(flags):
-    parser = Parser(__doc__)
-    parser.prog = "bench.py compare"
+    """Train the models of an experiment. Write results/WHAT.json and a picture."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py compare", description=compare.__doc__, usage=argparse.SUPPRESS,
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Any other flags go to train.py, for all runs.")
     add = parser.add_argument
-    add("--what", choices=("paper", "loops", "compute", "readings"), default="paper",
-        help="the paper's pairs, loops at equal tokens or compute, readings of the equation")
-    add("--scale", choices=SCALES, default="tiny", help="the size of the models")
-    add("--seeds", type=positive, default=3, help="how many")
-    add("--sweep", action="store_true", help="try learning rates for each model")
-    add("--title", help="of the picture")
+    add("--what", choices=EXPERIMENTS, default="default", help="the experiment")
+    add("--seeds", type=positive, default=3, help="number of seeds, from 0 on")
+    add("--sweep", action="store_true", help="find a learning rate for each model")
     args, extra = parser.parse_known_args(flags)
-    shared = [*SCALES[args.scale], *extra]
-    base = train.get_args(shared)
+    models = {label: text.split() + extra for label, text in EXPERIMENTS[args.what].items()}
+    base, _ = train.get_args(next(iter(models.values())))
     _, _, meta = load_data(base.data_dir)
-    if args.scale != "tiny" and meta["tokenizer"] != "gpt2":
-        sys.exit(f"--scale={args.scale} is for GPT-2's tokens: python prepare.py --tokenizer=gpt2")
-    models = models_of(args.what, args.scale, shared, meta["vocab_size"])
     device = pick_device(base.device)
     workers = os.cpu_count() if device.type == "cpu" else 1
     work = partial(study, meta["train"]["sha256"], args.seeds, args.sweep)
     with ThreadPoolExecutor(workers) as pool:
         rows = dict(zip(models, pool.map(work, models.items()), strict=True))
 
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{workers} CPU cores"
-    tokens = f"{meta['train']['tokens']:,} {meta['tokenizer']} tokens"
-    head = (f"{meta['dataset']}, {tokens}; {base.n_embd} wide; seeds 0 to {args.seeds - 1}; "
-            f"{machine}, torch {torch.__version__}")
-    name = "-".join([args.scale, args.what, *(flag.lstrip("-") for flag in extra)])
-    path = Path("results") / f"{name.replace('/', '_')}.json"
+    name = "-".join([args.what, *(flag.lstrip("-").replace("/", "_") for flag in extra)])
+    path = Path("results") / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    write_json(path, {"setting": head, "command": ["bench.py", "compare", *flags], "data": meta,
-                      "models": rows})
-    print_table(head, rows, args)
+    setting = (f"{meta['dataset']}, {meta['train']['tokens']:,} {meta['tokenizer']} tokens; "
+               f"{workers} x {device_name(device)}, torch {torch.__version__}")
+    path.write_text(json.dumps({"setting": setting, "command": ["bench.py", "compare", *flags],
+                                "data": meta, "models": rows}, indent=1) + "\n")
+    print_table(setting, rows)
     print(f"written: {path}")
-    plot(args.what, rows, args.title or head, path.with_suffix(".png"))
+    if args.what == "arrows":
+        first, *others = [np.mean([run["right"] for run in row["runs"]], axis=0)
+                          for row in rows.values()]
+        last = {label: table[5 if len(table) > 5 else 0]    # after six loops, or the only one
+                for label, table in zip(list(rows)[1:], others, strict=True)}
+        last["a blind guess"] = BLIND
+        draw_staircase(path.with_suffix(".png"), first, base.n_loop, last)
+    else:
+        plot(rows, setting, path.with_suffix(".png"))
 
 
-def print_table(head, rows, args):
-    print(f"\n{head}\n{'model':<26} {'params':>8} {'tokens':>8} {'/param':>6} {'TFLOPs':>9} "
-          f"{'minutes':>7} {'rate':>7} {'val loss':>8} {'+-':>6} {'paper':>5}")
+def print_table(setting, rows):
+    print(f"\n{setting}\n{'model':<26} {'params':>8} {'tokens':>8} {'/param':>6} {'TFLOPs':>9} "
+          f"{'minutes':>7} {'rate':>7} {'val loss':>8} {'+-':>6}")
     for label, row in rows.items():
-        runs = [run for run in row["runs"] if run]
+        runs = [run for run in row["runs"] if run["val_loss"] is not None]
         failed = len(row["runs"]) - len(runs)
         note = f"  {failed} diverged" if failed else ""
         if not runs:
@@ -378,50 +426,34 @@ def print_table(head, rows, args):
             continue
         minutes = sum(run["seconds"] for run in runs) / len(runs) / 60
         params, tokens, flops = (runs[0][name] for name in ("params", "tokens", "flops"))
-        paper = PAPER.get(label, "") if args.what == "paper" and args.scale != "tiny" else ""
         print(f"{label:<26} {params / 1e6:7.3f}M {tokens / 1e6:7.2f}M {tokens / params:6.0f} "
               f"{flops / 1e12:9.2f} {minutes:7.1f} {row['learning_rate']:7.2g} "
-              f"{row['mean']:8.4f} {row['spread']:6.4f} {paper:>5}{note}")
+              f"{row['mean']:8.4f} {row['spread']:6.4f}{note}")
 
 
-def plot(what, rows, title, path):
-    """Draw the mean of each model, with the spread of its seeds."""
+def plot(rows, title, path):
+    """Draw the mean loss of each model over its FLOPs, with the spread of its seeds."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"no picture {path}: pip install matplotlib")
         return
-    rows = {label: row for label, row in rows.items() if row["mean"] is not None}
-    means, spreads = ([row[name] for row in rows.values()] for name in ("mean", "spread"))
-    runs = [next(run for run in row["runs"] if run) for row in rows.values()]
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    figure.suptitle(title)
-    if what == "compute":
-        left, right = figure.subplots(1, 2, sharey=True)
-        for n in sorted({len(run["loop_losses"]) for run in runs}):
-            line = [(run["tokens"] / run["params"], run["flops"], mean, spread)
-                    for run, mean, spread in zip(runs, means, spreads, strict=True)
-                    if len(run["loop_losses"]) == n]
-            tokens, flops, y, yerr = zip(*line, strict=True)
-            left.errorbar(tokens, y, yerr, fmt="o-", capsize=3, label=f"n_loop = {n}")
-            right.errorbar(flops, y, yerr, fmt="o-", capsize=3, label=f"n_loop = {n}")
-        left.set(xscale="log", xlabel="tokens a parameter", ylabel="validation loss, nats")
-        right.set(xscale="log", xlabel="FLOPs of training")
-        right.tick_params(which="minor", labelbottom=False)
-        right.legend()
-    elif what == "loops":
-        axes = figure.subplots()
-        n_loops = [len(run["loop_losses"]) for run in runs]
-        axes.errorbar(n_loops, means, spreads, fmt="o-", capsize=3)
-        axes.set(xlabel="loops", ylabel="validation loss, nats")
-    else:
-        axes = figure.subplots()
-        axes.errorbar(means, list(rows), xerr=spreads, fmt="o", capsize=3)
-        axes.invert_yaxis()
-        axes.set(xlabel="validation loss, nats")
-    for axes in figure.axes:
-        axes.grid(alpha=0.4)
-    figure.savefig(path, dpi=120)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    lines = {}  # {n_loop: points}
+    for label, row in rows.items():
+        if row["mean"] is not None:
+            run = next(run for run in row["runs"] if run["val_loss"] is not None)
+            point = (run["flops"], row["mean"], row["spread"])
+            lines.setdefault(len(run["loop_losses"]), []).append(point)
+            axes.annotate(label, point[:2], (4, 4), textcoords="offset points", fontsize=8)
+    for n_loop, points in sorted(lines.items()):
+        flops, means, spreads = zip(*sorted(points), strict=True)
+        axes.errorbar(flops, means, spreads, fmt="o-", capsize=3, label=f"n_loop = {n_loop}")
+    axes.set(xscale="log", xlabel="FLOPs of training", ylabel="validation loss, nats", title=title)
+    axes.grid(alpha=0.4)
+    axes.legend()
+    figure.savefig(path, dpi=100)
     print(f"written: {path}")
 
 

@@ -1,10 +1,10 @@
 """
 GPT-2, and the Loop Neural Network made from it, in one file.
 
-A GPT sends each token through a stack of transformer blocks once. A Loop Neural Network sends it
-through the same blocks n_loop times, and each pass adds a residual to the state:
+A GPT sends each token through its blocks once. A Loop Neural Network sends it through the same
+blocks n_loop times. Each loop adds a predicted residual to the state, through a learned gate a_n:
 
-    x(n) = x(n-1) + f(x(n-1)),    n = 1 .. n_loop
+    x(n) = x(n-1) + a_n * f(x(n-1)),    n = 1 .. n_loop
 
 The parameters stay the same, the compute grows. In this file that is one `for` in GPT.states, and
 the equation itself in GPT.loop.
@@ -12,15 +12,15 @@ the equation itself in GPT.loop.
     model = GPT(GPTConfig(n_layer=6, n_loop=6))     # the paper's 81M model
     logits, loss = model(idx, targets)              # (B, T, V), ()
 
-Sources
-    GPT-2       Radford et al., Language Models are Unsupervised Multitask Learners, 2019
-    the loop    Ng & Wang, Loop Neural Networks for Parameter Sharing, arXiv 2409.14199
-    `scaled`    arXiv 2606.18524
+GPT-2 is Radford et al., Language Models are Unsupervised Multitask Learners, 2019. The loop is
+Ng & Wang, Loop Neural Networks for Parameter Sharing, arXiv 2409.14199. Its gate is new in version
+3, which we know from published reviews, not from its own text.
 """
 import json
 import math
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,8 +29,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-RESIDUALS = ("sum", "mean", "outer", "scaled")  # the readings of the equation, see GPT.loop
-OPTIMIZERS = ("adamw", "muon")
+RESIDUALS = ("gated", "sum", "mean", "outer")   # variants of the equation, see GPT.loop
+LOOP_ORDERS = ("stack", "block")                # see GPT.states
 
 
 @dataclass
@@ -44,7 +44,8 @@ class GPTConfig:
     n_loop: int = 1              # how often the blocks h[loop_start:loop_end] are applied
     loop_start: int = 0
     loop_end: int | None = None  # None: after the last block
-    residual: str = "sum"
+    loop_order: str = "stack"
+    residual: str = "gated"
     dropout: float = 0.0
     bias: bool = True
 
@@ -56,10 +57,11 @@ class GPTConfig:
         if not 0 <= self.loop_start < self.loop_end <= self.n_layer:
             raise ValueError(f"loop_start={self.loop_start}, loop_end={self.loop_end} must satisfy "
                              f"0 <= loop_start < loop_end <= n_layer={self.n_layer}")
-        if self.n_loop < 1:
-            raise ValueError(f"n_loop={self.n_loop} must be at least 1")
-        if self.residual not in RESIDUALS:
-            raise ValueError(f"residual={self.residual} must be one of {', '.join(RESIDUALS)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        assert self.n_loop >= 1, self.n_loop
+        assert self.residual in RESIDUALS, self.residual
+        assert self.loop_order in LOOP_ORDERS, self.loop_order
 
 
 class CausalSelfAttention(nn.Module):
@@ -99,11 +101,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x -> x + g(x), both (B, T, C): attention, then the MLP, each adds its output to x.
-
-    scale multiplies both outputs. It is a scalar tensor, since torch.compile would compile a block
-    again for every new number.
-    """
+    """(B, T, C) -> (B, T, C). Attention, then the MLP, and each adds its output to x."""
 
     def __init__(self, config):
         super().__init__()
@@ -112,63 +110,58 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, scale, cache=None, key=None):
-        # x + scale * attn(ln_1(x)), then x + scale * mlp(ln_2(x))
-        x = torch.addcmul(x, self.attn(self.ln_1(x), cache, key), scale)
-        return torch.addcmul(x, self.mlp(self.ln_2(x)), scale)
+    def forward(self, x, cache=None, key=None):
+        x = x + self.attn(self.ln_1(x), cache, key)
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class GPT(nn.Module):
-    """GPT-2 with a loop in it. Parameters have GPT-2's names, and the head is wte itself."""
+    """GPT-2 with a loop in it. Parameters have GPT-2's names, and the head's matrix is wte."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config = c = config
         self.checkpoint_loops = False  # True: backward recomputes all loops but the last
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wpe = nn.Embedding(c.block_size, c.n_embd)
+        self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                # scale the residual projections by 1/sqrt(2 * n_layer), as GPT-2 does
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+                # what a block adds to x starts small: by 1/sqrt(2 * n_layer) as in GPT-2, and by
+                # 1/n_loop, since n_loop loops add it (configure_optimizers in train.py has more)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) / c.n_loop)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def blocks(self, start, end, x, scale=1.0, cache=None, n=0):
-        """Send a state (B, T, C) through h[start:end]. n tells the cache which loop this is."""
-        scale = torch.full((), scale, device=x.device)
-        for i in range(start, end):
-            x = self.h[i](x, scale, cache, (n, i))
-        return x
+        # groups of blocks that are looped together: the whole stack, or each block on its own
+        self.groups = [(c.loop_start, c.loop_end)]
+        if c.loop_order == "block":
+            self.groups = [(i, i + 1) for i in range(c.loop_start, c.loop_end)]
+        self.gates = None
+        if c.residual == "gated" and c.n_loop > 1:
+            self.gates = nn.Parameter(torch.ones(len(self.groups), c.n_loop, c.n_embd))
 
-    def loop(self, x, n, N, cache=None):
-        """Loop n of N, counted from 0: a state -> the next one, both (B, T, C).
+    def forward(self, idx, targets=None, n_loop=None, cache=None):
+        """Tokens idx (B, T) -> (logits, loss).
 
-        One pass through the looped blocks is stack(x) = x + g(x). arXiv 2409.14199 asks for
-        x(n) = x(n-1) + f(x(n-1)) and leaves f open. These are the ways to read it.
+        With targets (B, T): logits (B, T, V) and their mean loss in nats, (). A target of -1 does
+        not count. Without targets: the logits of the last position, (B, 1, V), and None.
+        n_loop overrides the config's for this call.
         """
-        c = self.config
-        scale = 1 / N if c.residual == "scaled" else 1.0    # of every attention and MLP output
-        y = self.blocks(c.loop_start, c.loop_end, x, scale, cache, n)   # stack(x)
-        if c.residual == "mean":
-            # x(n) = x(n-1) + g(x(n-1)) / N      f = g / N, an Euler step of size 1/N
-            return x.lerp(y, 1 / N)
-        if c.residual == "outer":
-            # x(n) = x(n-1) + stack(x(n-1))      f = stack, the equation to the letter
-            return x + y
-        # sum
-        # x(n) = x(n-1) + g(x(n-1))              f = g, the residual that the blocks have anyway
-        # scaled: the same, with every attention and MLP output inside g times 1/N
-        return y
+        for state in self.states(idx, n_loop, cache):
+            x = state   # the last one counts
+        return self.predict(x, targets, cache)
 
     def states(self, idx, n_loop=None, cache=None):
         """Yield the states x(1) .. x(N), each (B, T, C), for the tokens idx (B, T).
 
-        N is n_loop, or else the config's. With a cache, idx continues the positions that it holds.
+        N is n_loop, or else the config's. loop_order="stack" sends x through all looped blocks N
+        times, "block" through each of them N times before the next. These states are then those of
+        the last looped block. With a cache, idx continues the positions that it holds.
         """
         c = self.config
         N = c.n_loop if n_loop is None else n_loop
@@ -178,40 +171,61 @@ class GPT(nn.Module):
         assert end <= c.block_size, f"{end} positions in a context of {c.block_size}"
         x = self.wte(idx) + self.wpe.weight[start:end]      # (B, T, C)
         x = F.dropout(x, c.dropout, self.training)
-        x = self.blocks(0, c.loop_start, x, cache=cache)
-        for n in range(N):
-            if self.checkpoint_loops and torch.is_grad_enabled() and n < N - 1:
-                x = checkpoint(self.loop, x, n, N, cache, use_reentrant=False)
-            else:
-                x = self.loop(x, n, N, cache)
-            yield x
+        x = self.blocks(0, c.loop_start, x, cache)
+        for group in range(len(self.groups)):
+            for n in range(N):
+                if self.checkpoint_loops and torch.is_grad_enabled() and n < N - 1:
+                    x = checkpoint(self.loop, x, group, n, N, cache, use_reentrant=False)
+                else:
+                    x = self.loop(x, group, n, N, cache)
+                if group == len(self.groups) - 1:
+                    yield x
 
-    def readout(self, x, targets=None, cache=None):
-        """(logits, loss) from a state (B, T, C), as forward returns them."""
-        x = self.blocks(self.config.loop_end, self.config.n_layer, x, cache=cache)
+    def loop(self, x, group, n, N, cache=None):
+        """Loop n of N, counted from 0, through a group of blocks: (B, T, C) -> (B, T, C).
+
+        The group is residual already: stack(x) = x + g(x). arXiv 2409.14199 leaves open whether its
+        f is g or all of stack. gated takes g; sum, mean and outer are the paper's first version,
+        which has no gate. With config.n_loop == 1 there is no gate: gated is then sum, and GPT-2.
+        """
+        start, end = self.groups[group]
+        y = self.blocks(start, end, x, cache, n)    # stack(x)
+        residual = self.config.residual
+        if residual == "gated" and self.gates is not None:
+            last = self.gates.size(1) - 1           # loops beyond those of the config take its gate
+            a = self.gates[group, min(n, last)]     # (C,)
+            return x.lerp(y, a)                     # x + a * g(x), exact at a = 0 and at a = 1
+        if residual == "mean":
+            return x.lerp(y, 1 / N)                 # x + g(x) / N
+        if residual == "outer":
+            return x + y                            # x + stack(x)
+        return y                                    # x + g(x)
+
+    def blocks(self, start, end, x, cache=None, n=0):
+        """Send a state (B, T, C) through h[start:end]. n tells the cache which loop this is."""
+        for i in range(start, end):
+            x = self.h[i](x, cache, (n, i))
+        return x
+
+    def predict(self, x, targets=None, cache=None):
+        """From a state (B, T, C), through the blocks after the loop, to (logits, loss)."""
+        x = self.blocks(self.config.loop_end, self.config.n_layer, x, cache)
         if targets is None:
             x = x[:, [-1]]  # to sample, only the last position counts
         return self.head(x, targets)
 
     def head(self, x, targets=None):
-        """The end of readout, on its own so that compile_blocks can compile it."""
+        """The last norm, the logits and the loss: on its own so that train.py can compile it."""
         logits = F.linear(self.ln_f(x), self.wte.weight)    # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    def forward(self, idx, targets=None, n_loop=None, cache=None):
-        """Tokens idx (B, T) -> (logits, loss).
-
-        With targets (B, T): logits (B, T, V) and their mean loss in nats, (). Without: the logits
-        of the last position, (B, 1, V), and None. n_loop overrides the config's for this call.
-        """
-        *_, x = self.states(idx, n_loop, cache)  # only the last state counts
-        return self.readout(x, targets, cache)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
+                                 reduction="sum")
+        return logits, losses / (targets >= 0).sum().clamp(min=1)
 
     def loop_losses(self, idx, targets, n_loop=None):
         """The loss in nats if the model had stopped after loop 1, 2, .. N: (N,)."""
-        return torch.stack([self.readout(x, targets)[1] for x in self.states(idx, n_loop)])
+        return torch.stack([self.predict(x, targets)[1] for x in self.states(idx, n_loop)])
 
 
 # ---- from tokens to more tokens ----
@@ -220,7 +234,6 @@ class KVCache:
     """The keys and values of the positions so far, so that a new token costs one position.
 
     There is one entry for each (loop, block): a looped block sees another state at every loop.
-    generate advances length after a pass, when all blocks have stored theirs.
     """
 
     def __init__(self, max_length):
@@ -241,15 +254,19 @@ class KVCache:
         entry[1, :, :, self.length:end] = v
         return entry[:, :, :, :end]
 
+    def advance(self, T):
+        """Count T more positions, once all entries have them."""
+        self.length += T
+
 
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None, forward=None):
     """Continue idx (B, T >= 1) and yield each new token (B, 1) as it is drawn.
 
-    temperature 0 takes the likeliest token, top_k draws among the k likeliest. The model sees its
-    last block_size tokens. GPT-2's positions are absolute: once the window slides, every token in
-    it has a new position, so nothing can be cached and a token costs the whole window.
-    forward is called in place of the model while there is a cache (sample.py exits early there).
+    The model sees its last block_size tokens. GPT-2's positions are absolute: once the window
+    slides, every token in it has a new position, so nothing can be cached and a token costs the
+    whole window. forward is called in place of the model while there is a cache (sample.py exits
+    early there).
     """
     block_size = model.config.block_size
     forward = forward or model
@@ -260,69 +277,43 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=Non
             logits, _ = model(idx[:, -block_size:], n_loop=n_loop)
         else:
             logits, _ = forward(new, n_loop=n_loop, cache=cache)
-            cache.length += new.size(1)
-        new = draw(logits[:, -1].float(), temperature, top_k)
+            cache.advance(new.size(1))
+        new = sample_token(logits[:, -1].float(), temperature, top_k)
         idx = torch.cat((idx, new), dim=1)
         yield new
 
 
-def draw(logits, temperature, top_k):
-    """Draw one token for each row of logits: (B, V) -> (B, 1)."""
-    if temperature == 0:
+def sample_token(logits, temperature, top_k=None):
+    """Draw one token for each row of logits, among the top_k likeliest: (B, V) -> (B, 1).
+
+    A temperature of 0, or so small that the division would overflow, takes the likeliest.
+    """
+    if temperature < 1e-5:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), num_samples=1)
+    probs = (logits / temperature).softmax(-1)
+    if probs.device.type == "mps":  # where multinomial of torch 2.13 draws impossible tokens
+        probs = probs.cpu()
+    return torch.multinomial(probs, num_samples=1).to(logits.device)
 
 
-# ---- what training needs ----
-
-def configure_optimizers(model, name, learning_rate, weight_decay):
-    """Return a list of optimizers: AdamW; or Muon for the blocks' matrices and AdamW for the rest.
-
-    Weight decay is for matrices only. Muon's update is scaled to the size of AdamW's
-    (arXiv 2502.16982), so one learning rate serves both.
-    """
-    assert name in OPTIMIZERS, name
-    matrices = [p for p in model.h.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    decayed = [model.wte.weight, model.wpe.weight]
-    if name == "adamw":
-        decayed += matrices
-    groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95),
-                              weight_decay=weight_decay, fused=True)
-    if name == "adamw":
-        return [adamw]
-    muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay,
-                            adjust_lr_fn="match_rms_adamw")
-    return [adamw, muon]
-
+# ---- what the scripts share ----
 
 def flops_per_token(config, n_loop=None):
     """Floating-point operations to train on one token of a full context, forward and backward.
 
     A weight costs 2 forward and 4 backward each time it is used: a looped block N times, the head
     once. Attention adds two products of (T, T, C), counted whole although half is masked, as in
-    PaLM (arXiv 2204.02311, appendix B), so that the figure can be set beside others'.
+    PaLM (arXiv 2204.02311, appendix B), so that the figure can be set beside others'. The gates,
+    2 operations in about 12 * n_embd, are left out.
     """
     c = config
-    # how many blocks a token passes
-    passes = c.n_layer + (c.loop_end - c.loop_start) * ((n_loop or c.n_loop) - 1)
-    weights = passes * 12 * c.n_embd ** 2 + c.vocab_size * c.n_embd
-    return 6 * weights + 12 * passes * c.block_size * c.n_embd
-
-
-def compile_blocks(model, **options):
-    """Compile each block and the head, which do nearly all the work.
-
-    One block's code serves every block at every loop: 6 x 6 starts as fast as 6 x 1, and a change
-    of n_loop compiles nothing. In the compiled head the softmax (B, T, V) never exists in full.
-    """
-    for block in model.h:
-        block.compile(**options)
-    model.head = torch.compile(model.head, **options)
+    N = c.n_loop if n_loop is None else n_loop
+    depth = c.n_layer + (c.loop_end - c.loop_start) * (N - 1)   # blocks on a token's way
+    weights = depth * 12 * c.n_embd ** 2 + c.vocab_size * c.n_embd
+    return 6 * weights + 12 * depth * c.block_size * c.n_embd
 
 
 def pick_device(name):
@@ -336,114 +327,88 @@ def pick_device(name):
     return torch.device(name)
 
 
-# ---- checkpoints, and OpenAI's weights ----
-
 def save_checkpoint(path, model, **state):
     """Write the model, its config and state (tensors, plain values, lists, dicts) to path.
 
-    A temporary file is renamed at the end, so path is always a whole checkpoint.
+    It is written beside path and renamed, so path is always a whole checkpoint.
     """
     part = path.with_name(path.name + ".tmp")
-    state |= {"config": asdict(model.config), "model": model.state_dict()}
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises either when the disk is full
-        sys.exit(f"could not write {path}, what was there before is kept: {error}")
-    finally:
-        part.unlink(missing_ok=True)
+    torch.save(state | {"config": asdict(model.config), "model": model.state_dict()}, part)
+    for _ in range(20):
+        try:
+            return os.replace(part, path)
+        except PermissionError:  # on Windows, while another process reads path
+            time.sleep(0.1)
+    os.replace(part, path)
 
 
 def load_checkpoint(path, device="cpu"):
-    """Return (model, state) as they were saved, the model on device.
+    """Return (model, state) as they were saved, the model on device. Exits if there is no file.
 
     Only tensors and plain values are loaded: no code in the file is ever run.
     """
     if not Path(path).is_file():
         sys.exit(f"no checkpoint {path}: train one with python train.py")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights = state.pop("config"), state.pop("model")
-    except Exception as error:  # a damaged file can fail in any way
-        reason = str(error).strip().split("\n")[0][:100]
-        sys.exit(f"{path} is no checkpoint ({reason}): train another with python train.py")
-    model = GPT(GPTConfig(**config))
-    model.load_state_dict(weights)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model = GPT(GPTConfig(**state.pop("config")))
+    model.load_state_dict(state.pop("model"))
     return model.to(device), state
 
 
-def from_pretrained(path, layers=None, **overrides):
-    """Return OpenAI's GPT-2 from a model.safetensors, in any loop layout.
+# ---- OpenAI's weights ----
 
-    layers are the numbers of the blocks to take, None takes all. overrides are GPTConfig's fields,
-    such as n_loop or a shorter block_size. Exits if the file is not a GPT-2 of that shape.
+def from_pretrained(shape, weights, **overrides):
+    """Return the GPT-2 of read_gpt2, in any loop layout: GPT(..) = from_pretrained(*read_gpt2(..)).
+
+    overrides are GPTConfig's fields, such as n_loop or a shorter block_size. Gates start at 1 for
+    the first loop and at 0 for the others: a looped GPT-2 starts as GPT-2 exactly.
     """
-    shape, weights = read_gpt2(path, layers)
-    config = GPTConfig(**shape | overrides)
-    for name, value in shape.items():
-        ours = getattr(config, name)
-        if ours != value and not (name == "block_size" and ours < value):
-            sys.exit(f"{path} has {name}={value}, not {ours}: leave --{name} out"
-                     + (", or choose blocks with --init_layers" if name == "n_layer" else ""))
-    model = GPT(config)
-    weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        sys.exit(f"{path} is not a GPT-2: {' '.join(str(error).split())[:200]}")
+    model = GPT(GPTConfig(**shape | overrides))
+    weights = weights | {"wpe.weight": weights["wpe.weight"][:model.config.block_size]}
+    if model.gates is not None:
+        weights["gates"] = torch.zeros_like(model.gates)
+        weights["gates"][:, 0] = 1
+    model.load_state_dict(weights)
     return model
 
 
-def read_gpt2(path, layers=None):
-    """Return (shape, weights): GPTConfig's fields that the file decides, and GPT's state_dict."""
-    weights = {}
+def read_gpt2(path):
+    """Return (shape, weights) of a model.safetensors: GPTConfig's fields, and GPT's state_dict.
+
+    It is meant for OpenAI's four and for models of their architecture: heads 64 wide, a head that
+    is tied to wte (exits if not), attention scaled by 1/sqrt(64) in every block, gelu by tanh.
+    The file does not say whether a model differs in the others.
+    """
+    weights, masks = {}, (".attn.bias", ".attn.masked_bias")
     for name, t in read_safetensors(path).items():
         name = name.removeprefix("transformer.")
-        # leave out the masks, and the head, which is wte
-        if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+        if not name.endswith(masks):
             # OpenAI's matrices are (in, out), nn.Linear's (out, in)
             weights[name] = t.t() if name.startswith("h.") and t.dim() == 2 else t
-    found = sorted({int(name.split(".")[1]) for name in weights if name.startswith("h.")})
-    if not found or not {"wte.weight", "wpe.weight"} <= weights.keys():
-        sys.exit(f"{path} is not a GPT-2: it lacks h, wte.weight or wpe.weight")
+    head = weights.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, weights["wte.weight"]):
+        sys.exit(f"{path} has an lm_head.weight other than wte.weight: it is not a GPT-2")
     vocab_size, n_embd = weights["wte.weight"].shape
-    if n_embd % 64:
-        sys.exit(f"{path} is not a GPT-2: its heads are 64 wide, {n_embd} is no multiple")
-    layers = found if layers is None else layers
-    if not set(layers) <= set(found):
-        sys.exit(f"{path} has the blocks 0 to {found[-1]}, not all of {layers}")
-    chosen = {name: t for name, t in weights.items() if not name.startswith("h.")}
-    for i, layer in enumerate(layers):
-        old, new = f"h.{layer}.", f"h.{i}."
-        chosen |= {name.replace(old, new): t for name, t in weights.items() if name.startswith(old)}
-    shape = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": n_embd // 64,
-             "block_size": len(weights["wpe.weight"]), "bias": "ln_f.bias" in weights,
-             "n_layer": len(layers)}
-    return shape, chosen
+    n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("h."))
+    shape = dict(vocab_size=vocab_size, n_embd=n_embd, n_head=n_embd // 64, n_layer=n_layer,
+                 block_size=len(weights["wpe.weight"]), bias="ln_f.bias" in weights)
+    return shape, weights
 
 
 def read_safetensors(path):
-    """Return {name: tensor} of a .safetensors file. Exits if it is damaged.
+    """Return {name: tensor}. The file: 8 bytes with the length of a header, the header, the data.
 
-    The format: 8 bytes with the length of a header, the header in JSON, {name: {dtype, shape,
-    data_offsets}}, and the data.
+    The header is JSON, {name: {dtype, shape, data_offsets}}, the offsets count from its end.
     """
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-              "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
-    size, tensors = os.path.getsize(path), {}
-    try:
-        with open(path, "rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(start, size) - 8))
-        header.pop("__metadata__", None)
-        data = torch.from_file(str(path), size=size, dtype=torch.uint8)[start:]
-        for name, info in header.items():
-            begin, end = info["data_offsets"]
-            raw = data[begin:end].clone()  # a copy: another dtype's view must be aligned
-            tensors[name] = raw.view(dtypes[info["dtype"]]).view(info["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        sys.exit(f"{path} is no whole .safetensors file ({error}): name gpt2, or another file")
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "U8": torch.uint8, "BOOL": torch.bool}
+    file = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
+    start = 8 + int.from_bytes(file[:8].numpy().tobytes(), "little")
+    header = json.loads(file[8:start].numpy().tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, info in header.items():
+        begin, end = info["data_offsets"]
+        raw = file[start + begin:start + end].clone()   # a copy, since a view must be aligned
+        tensors[name] = raw.view(dtypes[info["dtype"]]).view(info["shape"])
     return tensors
