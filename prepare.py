@@ -199,8 +199,8 @@ def make_arrows(count, chains=None, seed=0):
     The map tbqr.. means a→t, b→b, c→q, d→r, and so on up to t. Some letters are ends: they point
     to themselves. The question c>i: from c, follow the arrows until a letter points to itself. It
     is i. How many steps that takes, the text does not say.
-    For training there are 5 ends. The other letters are placed in random order, and each points to
-    a letter placed before it that is fewer than 4 steps from its end.
+    For training there are 5 ends. The other letters are placed in random order. Each draws two of
+    the letters before it that are fewer than 4 steps from their end, and points to the farther one.
     For tests there are equal chains: 4 of 5 letters, or 2 of 10 and so up to 9 steps.
     """
     rng, alphabet = random.Random(seed), "abcdefghijklmnopqrst"
@@ -214,7 +214,8 @@ def make_arrows(count, chains=None, seed=0):
             if chains:
                 target = letters[i - chains]    # all chains grow in turn
             else:
-                target = rng.choice([other for other in letters[:i] if steps[other] < 4])
+                near = [other for other in letters[:i] if steps[other] < 4]
+                target = max(rng.choices(near, k=2), key=steps.get)
             points_to[letter], steps[letter], ends[letter] = target, steps[target] + 1, ends[target]
         questions = rng.choices(alphabet, k=16)
         yield ("".join(points_to[letter] for letter in alphabet)
