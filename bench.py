@@ -71,6 +71,8 @@ def measure(flags):
     name, *flags = flags
     args, _ = train.get_args(flags)
     device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     for_gpt2 = (args.preset or "").startswith("gpt2")
     config = train.get_config(args, getattr(args, "vocab_size", 50257 if for_gpt2 else 257))
     torch.manual_seed(args.seed)
