@@ -33,7 +33,7 @@ import torch
 
 import train
 from model import GPT, KVCache, flops_per_token, generate, load_checkpoint, pick_device
-from prepare import load_data, make_arrows
+from prepare import load_data, make_arrows, make_parser
 from sample import exit_early
 from train import positive
 
@@ -134,38 +134,36 @@ def device_name(device):
 
 def loops(flags):
     """Print the loss after each loop. For the puzzle, print and draw how many answers are right."""
-    parser = argparse.ArgumentParser(
-        prog="bench.py loops", description=loops.__doc__, usage=argparse.SUPPRESS,
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = make_parser(loops.__doc__, "bench.py loops")
     parser.add_argument("--out_dir", default="out", help="the folder with train.py's ckpt.pt")
     parser.add_argument("--data_dir", help="the folder that prepare.py wrote; None: as in training")
-    parser.add_argument("--n_loop", type=positive, default=16, help="loops to try on the puzzle")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
     args = parser.parse_args(flags)
     device = pick_device(args.device)
     model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt", device)
-    trained = argparse.Namespace(**state["args"])
-    data_dir = args.data_dir or trained.data_dir
-    _, val_data, meta = load_data(data_dir)
-    if any(meta[split] != state["data"][split] for split in ("train", "val")):
-        sys.exit(f"{data_dir} is not what the model was trained on: give its --data_dir")
-    if meta["dataset"] != "arrows":
-        score_token = train.get_score_token(trained, meta)
-        losses = train.evaluate(model, val_data, trained, score_token, device)
-        print("loop  val loss")
-        for n, loss in enumerate(losses, start=1):
-            print(f"{n:4} {loss:9.4f}")
+    if state["data"]["dataset"] == "arrows":
+        show_answers(model, Path(args.out_dir) / "loops.png")
         return
-    table = right_answers(model, args.n_loop)
+    trained = argparse.Namespace(**state["args"])
+    trained.data_dir = args.data_dir or trained.data_dir
+    _, val_data, meta = load_data(trained.data_dir)
+    train.check_resumed(trained, meta, state)   # is it the data of the training?
+    score_token = train.get_score_token(trained, meta)
+    losses = train.evaluate(model, val_data, trained, score_token, device)
+    print("loop  val loss")
+    for n, loss in enumerate(losses, start=1):
+        print(f"{n:4} {loss:9.4f}")
+
+
+def show_answers(model, path):
+    table, used = right_answers(model, n_loop=16), loops_to_settle(model)
     print("right answers in %, by the steps from the question to its answer (training: 0 to 4)")
     print(f"after loop {' '.join(f'{steps:5}' for steps in range(10))}")
     for n, row in enumerate(table, start=1):
         print(f"{n:10} {' '.join(f'{share:5.1%}' for share in row)}")
-    used = loops_to_settle(model)
     print(f"loops that --exit_kl=0.01 takes, of {model.config.n_loop}:")
     print(f"{'':10} {' '.join(f'{n:5.2f}' for n in used)}")
-    others = {"a blind guess": BLIND}
-    draw_staircase(Path(args.out_dir) / "loops.png", table, trained.n_loop, others)
+    draw_staircase(path, table, model.config.n_loop, {"a blind guess": BLIND})
 
 
 BLIND = [1 / 4] * 5 + [1 / 2] * 5   # of right answers, by naming any of the 4 or 2 ends
@@ -377,11 +375,8 @@ def study(data_sha256, seeds, sweep, model):
 
 
 def compare(flags):
-    """Train the models of an experiment. Write results/WHAT.json and a picture."""
-    parser = argparse.ArgumentParser(
-        prog="bench.py compare", description=compare.__doc__, usage=argparse.SUPPRESS,
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Any other flags go to train.py, for all runs.")
+    """Train the models of an experiment. Any other flags go to train.py, for all of them."""
+    parser = make_parser(compare.__doc__, "bench.py compare")
     add = parser.add_argument
     add("--what", choices=EXPERIMENTS, default="default", help="the experiment")
     add("--seeds", type=positive, default=3, help="number of seeds, from 0 on")
@@ -453,8 +448,8 @@ def plot(rows, title, path):
         flops, means, spreads = zip(*sorted(points), strict=True)
         axes.errorbar(flops, means, spreads, fmt="o-", capsize=3, label=f"n_loop = {n_loop}")
     axes.set(xscale="log", xlabel="FLOPs of training", ylabel="validation loss, nats", title=title)
+        axes.legend()
     axes.grid(alpha=0.4)
-    axes.legend()
     figure.savefig(path, dpi=100)
     print(f"written: {path}")
 

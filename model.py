@@ -137,10 +137,11 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-        # groups of blocks that are looped together: the whole stack, or each block on its own
+        # the groups of blocks that loop together: the whole stack, or each block on its own
         self.groups = [(c.loop_start, c.loop_end)]
         if c.loop_order == "block":
             self.groups = [(i, i + 1) for i in range(c.loop_start, c.loop_end)]
+        # a gate for each group, loop and channel; a single loop has none, it is GPT-2
         self.gates = None
         if c.residual == "gated" and c.n_loop > 1:
             self.gates = nn.Parameter(torch.ones(len(self.groups), c.n_loop, c.n_embd))
@@ -148,9 +149,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, n_loop=None, cache=None):
         """Tokens idx (B, T) -> (logits, loss).
 
-        With targets (B, T): logits (B, T, V) and their mean loss in nats, (). A target of -1 does
-        not count. Without targets: the logits of the last position, (B, 1, V), and None.
-        n_loop overrides the config's for this call.
+        With targets (B, T): logits (B, T, V) and the mean loss in nats, (), over the targets that
+        are not -1. Without: the logits of the last position, (B, 1, V), and None.
         """
         for state in self.states(idx, n_loop, cache):
             x = state   # the last one counts
@@ -160,8 +160,8 @@ class GPT(nn.Module):
         """Yield the states x(1) .. x(N), each (B, T, C), for the tokens idx (B, T).
 
         N is n_loop, or else the config's. loop_order="stack" sends x through all looped blocks N
-        times, "block" through each of them N times before the next. These states are then those of
-        the last looped block. With a cache, idx continues the positions that it holds.
+        times. "block" sends it through each of them N times before the next, and the states are
+        those of the last one. With a cache, idx continues the positions that it holds.
         """
         c = self.config
         N = c.n_loop if n_loop is None else n_loop
@@ -184,22 +184,20 @@ class GPT(nn.Module):
     def loop(self, x, group, n, N, cache=None):
         """Loop n of N, counted from 0, through a group of blocks: (B, T, C) -> (B, T, C).
 
-        The group is residual already: stack(x) = x + g(x). arXiv 2409.14199 leaves open whether its
-        f is g or all of stack. gated takes g; sum, mean and outer are the paper's first version,
-        which has no gate. With config.n_loop == 1 there is no gate: gated is then sum, and GPT-2.
+        Blocks are residual already: stack(x) = x + g(x). arXiv 2409.14199 leaves open whether its f
+        is g or all of stack. Here gated, sum and mean take g, outer takes stack.
         """
         start, end = self.groups[group]
         y = self.blocks(start, end, x, cache, n)    # stack(x)
-        residual = self.config.residual
-        if residual == "gated" and self.gates is not None:
-            last = self.gates.size(1) - 1           # loops beyond those of the config take its gate
+        if self.gates is not None:                  # gated: x + a * g(x)
+            last = self.gates.size(1) - 1           # more loops than in training: the last gate
             a = self.gates[group, min(n, last)]     # (C,)
-            return x.lerp(y, a)                     # x + a * g(x), exact at a = 0 and at a = 1
-        if residual == "mean":
+            return x.lerp(y, a)                     # lerp is exact at a = 0 and at a = 1
+        if self.config.residual == "mean":
             return x.lerp(y, 1 / N)                 # x + g(x) / N
-        if residual == "outer":
+        if self.config.residual == "outer":
             return x + y                            # x + stack(x)
-        return y                                    # x + g(x)
+        return y                                    # sum, or a single loop: x + g(x)
 
     def blocks(self, start, end, x, cache=None, n=0):
         """Send a state (B, T, C) through h[start:end]. n tells the cache which loop this is."""
@@ -219,9 +217,9 @@ class GPT(nn.Module):
         logits = F.linear(self.ln_f(x), self.wte.weight)    # (B, T, V)
         if targets is None:
             return logits, None
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
-                                 reduction="sum")
-        return logits, losses / (targets >= 0).sum().clamp(min=1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
+                               reduction="sum")
+        return logits, loss / (targets >= 0).sum().clamp(min=1)     # 0 if no target counts
 
     def loop_losses(self, idx, targets, n_loop=None):
         """The loss in nats if the model had stopped after loop 1, 2, .. N: (N,)."""

@@ -335,10 +335,15 @@ def fetch(url, part):
 DATA_DIRS = {"arrows": "data-arrows"}   # where a source goes, if not to data
 
 
+def make_parser(description, prog=None):
+    """argparse, which shows defaults in its help and tells a mistake in one line."""
+    return argparse.ArgumentParser(
+        prog, usage=argparse.SUPPRESS, description=description, allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description="Write a text as tokens for train.py.", usage=argparse.SUPPRESS,
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = make_parser("Write a text as tokens for train.py.")
     add = parser.add_argument
     add("source", nargs="?", default="pystdlib",
         help="pystdlib, arrows, shakespeare, openwebtext, a text file or a folder")

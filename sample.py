@@ -8,7 +8,6 @@ A model to text: prints what the model writes, token by token.
     python sample.py --show_loops                         see each loop's guess for each token
     python sample.py --init_from=gpt2 --prompt="Hello"    OpenAI's GPT-2
 """
-import argparse
 import codecs
 import signal
 import sys
@@ -20,14 +19,12 @@ import torch
 from torch.nn import functional as F
 
 from model import from_pretrained, generate, load_checkpoint, pick_device, read_gpt2
-from prepare import EOT, find_gpt2, get_tokenizer
+from prepare import EOT, find_gpt2, get_tokenizer, make_parser
 from train import natural, not_negative, positive
 
 
 def get_args():
-    parser = argparse.ArgumentParser(
-        description="Print what a model writes.", usage=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = make_parser("Print what a model writes.")
     add = parser.add_argument
     add("--out_dir", default="out", help="the folder with train.py's ckpt.pt")
     add("--init_from", help="instead: gpt2, gpt2-medium, -large, -xl or a model.safetensors")

@@ -1249,6 +1249,7 @@ def mistaken(tiny_data, whole_run):
 def test_a_mistake_ends_in_one_line(mistake, mistaken, tmp_path, monkeypatch, capsys):
     script, flags, message = mistake
     monkeypatch.chdir(mistaken)
+    monkeypatch.setattr(prepare.tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))     # no vocabulary, and
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for proxy in ("http_proxy", "https_proxy"):                 # no network

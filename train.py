@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, LOOP_ORDERS, RESIDUALS, GPTConfig, flops_per_token, pick_device
 from model import from_pretrained, load_checkpoint, read_gpt2, save_checkpoint
-from prepare import find_gpt2, get_tokenizer, load_data
+from prepare import find_gpt2, get_tokenizer, load_data, make_parser
 
 # The paper's four models have GPT-2's width, context and vocabulary. The recipe is the one that
 # nanoGPT publishes for 124M: 12 x 40 sequences of 1024, about half a million tokens a step.
@@ -56,7 +56,6 @@ MAY_CHANGE = {"data_dir", "out_dir", "resume", "max_steps", "target_flops", "eva
 # ---- the flags ----
 
 # The types of flags. For a wrong value, argparse prints the type's name.
-
 def positive(text):
     return in_range(int(text), 1)
 
@@ -75,11 +74,8 @@ def in_range(value, low, high=math.inf):
     return value
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(
-        description="Train GPT-2 or a Loop Neural Network on what prepare.py wrote.",
-        usage=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def make_flags():
+    parser = make_parser("Train GPT-2 or a Loop Neural Network on what prepare.py wrote.")
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
     add("--preset", choices=PRESETS, help="a model with its recipe; other flags override it")
@@ -136,7 +132,7 @@ def get_args(argv=None):
 
     A preset, a pretrained model and a checkpoint set the defaults of flags.
     """
-    parser = make_parser()
+    parser = make_flags()
     args = parser.parse_args(argv)
     if args.preset:
         parser.set_defaults(**PRESETS[args.preset])
@@ -539,10 +535,10 @@ def train(args, loaded=None):
         dist.destroy_process_group()
     if rank == 0:
         tokens = args.max_steps * step_tokens
-        bytes_per_token = meta["val"]["bytes"] / meta["val"]["tokens"]
+        bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
         print(json.dumps({
             "step": step, "val_loss": val_loss, "loop_losses": loop_losses,
-            "bits_per_byte": val_loss / math.log(2) / bytes_per_token,
+            "bits_per_byte": bits if score_token is None else None,
             "gates": None if model.gates is None else model.gates.mean(-1).tolist(),
             "params": params, "tokens": tokens, "flops": flops * tokens,
             "seconds": round(seconds + time.perf_counter() - began, 1)}))
