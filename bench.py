@@ -447,8 +447,8 @@ def plot(rows, title, path):
     for n_loop, points in sorted(lines.items()):
         flops, means, spreads = zip(*sorted(points), strict=True)
         axes.errorbar(flops, means, spreads, fmt="o-", capsize=3, label=f"n_loop = {n_loop}")
-    axes.set(xscale="log", xlabel="FLOPs of training", ylabel="validation loss, nats", title=title)
         axes.legend()
+    axes.set(xscale="log", xlabel="FLOPs of training", ylabel="validation loss, nats", title=title)
     axes.grid(alpha=0.4)
     figure.savefig(path, dpi=100)
     print(f"written: {path}")
