@@ -197,11 +197,12 @@ def make_arrows(count, chains=None, seed=0):
     """Yield puzzles of 68 characters: a map of 20 letters, then 16 questions about it.
 
     The map tbqr.. means a→t, b→b, c→q, d→r, and so on up to t. Some letters are ends: they point
-    to themselves. The question c>i: from c, follow the arrows until a letter points to itself. It
-    is i. How many steps that takes, the text does not say.
+    to themselves. The question c>i: follow the arrows from c, they end at i. How many steps that
+    takes, the text does not say.
     For training there are 5 ends. The other letters are placed in random order. Each draws two of
-    the letters before it that are fewer than 4 steps from their end, and points to the farther one.
-    For tests there are equal chains: 4 of 5 letters, or 2 of 10 and so up to 9 steps.
+    the letters before it that are fewer than 4 steps from their end, and points to the farther one,
+    so that long ways are common.
+    For tests there are equal chains: 4 of 5 letters, 0 to 4 steps, or 2 of 10 letters, 0 to 9 steps.
     """
     rng, alphabet = random.Random(seed), "abcdefghijklmnopqrst"
     for _ in range(count):
@@ -217,7 +218,7 @@ def make_arrows(count, chains=None, seed=0):
                 near = [other for other in letters[:i] if steps[other] < 4]
                 target = max(rng.choices(near, k=2), key=steps.get)
             points_to[letter], steps[letter], ends[letter] = target, steps[target] + 1, ends[target]
-        questions = rng.choices(alphabet, k=16)
+        questions = rng.sample(alphabet, 16)    # none twice: it could be answered by copying
         yield ("".join(points_to[letter] for letter in alphabet)
                + "".join(f"{start}>{ends[start]}" for start in questions))
 
