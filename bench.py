@@ -1,16 +1,17 @@
 """
-What a model costs, what its loops bring, and what models learn when they are trained side by side.
+What a model costs, what its loops gain, and what models learn when they are trained side by side.
 
     python bench.py speed                           the paper's four models; small ones on a CPU
     python bench.py speed --preset=gpt2-81m-loop    one model, by any flags of train.py
-    python bench.py loops --out_dir=out-arrows      what each loop of a checkpoint brings, a picture
+    python bench.py loops --out_dir=out-arrows      what each loop of a checkpoint gains, a picture
     python bench.py compare --what=default --sweep  an experiment: see EXPERIMENTS
 
 speed measures each model in a process of its own, with nothing compiled before. start is the time
 until the first step is done, the other times are medians. memory is what training adds, MFU the
-share of the peak that the maker states.
+share of the device's peak according to its maker.
 
-compare gives every model the same data, for a seed in the same order, and the same evaluation.
+compare gives every model the same data, with the same seed in the same order, and the same
+evaluation.
 --sweep finds each its own learning rate: it tries rates a factor of two apart, with seed 0, until
 the best lies between two others. results/WHAT.json records every trial. A finished run in
 out-compare/ is not repeated, an interrupted one goes on.
@@ -130,7 +131,7 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-# ---- loops: what each loop of a checkpoint brings ----
+# ---- loops: what each loop of a checkpoint gains ----
 
 def loops(flags):
     """Print the loss after each loop. For the puzzle, print and draw how many answers are right."""
@@ -172,8 +173,8 @@ BLIND = [1 / 4] * 5 + [1 / 2] * 5   # of right answers, by naming any of the 4 o
 def puzzles(chains, count=1000):
     """New documents of 4 or 2 chains, as tokens (count, 68).
 
-    In those of training the end of the most letters is a good guess: it is right for 89% of the
-    letters that are 4 steps from their end. With equal chains no guess is better than another.
+    In those of training, the end that most letters lead to is a good guess: it is right for 89% of
+    the letters that are 4 steps from their end. With equal chains all ends are equally likely.
     """
     return torch.tensor([list(text.encode()) for text in make_arrows(count, chains, seed=1)])
 
@@ -201,7 +202,8 @@ def right_answers(model, n_loop):
         x, right = puzzles(chains), []
         for part in x.to(model.wte.weight.device).split(100):
             states = model.eval().states(part, n_loop)
-            logits = (model.predict(state, part)[0][:, 21:-1:3] for state in states)
+            # with targets, any, predict returns the logits of all positions; a > is at 21, 24, ..
+            logits = (model.predict(state, part)[0][:, 21::3] for state in states)
             right.append(torch.stack([guess.argmax(-1) == part[:, 22::3] for guess in logits]))
         right = torch.cat(right, dim=1).cpu()       # (n_loop, B, 16)
         for steps in columns:
@@ -218,7 +220,7 @@ def loops_to_settle(model, exit_kl=0.01, count=50):
         for idx in (document[:20], *document[20:67].split(1)):  # the map, then token by token
             exit_early(model, exit_kl, taken, idx[None], cache=cache)
             cache.advance(len(idx))
-        used.append(taken[2::3])    # at each >, which predicts an answer
+        used.append(taken[2::3])    # at each >, where the model predicts an answer
     used, steps = torch.tensor(used).double(), steps_to_answer(x)
     return [used[steps == number].mean().item() for number in range(5)]
 
@@ -256,12 +258,11 @@ def draw_staircase(path, table, trained_loops, others):
 
 LOOPS_6 = "--target_flops=1.007e13"     # the compute of the default run with six loops
 PUZZLE = "--target_flops=1.143e13"      # the compute of --preset=arrows
-WIDE_32 = "--n_embd=32 --learning_rate=16e-3"
-PAIRS = "--n_embd=32"
+NARROW = "--n_embd=32"
 GPT2 = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
         "--eval_iters=20 --eval_interval=10000")
 EXPERIMENTS = {     # {label: flags of train.py}
-    "default": {    # equal data, then equal compute
+    "default": {    # equal data, then equal compute, where the best rate is lower
         "1 loop": "--n_loop=1",
         "2 loops": "--n_loop=2",
         "4 loops": "--n_loop=4",
@@ -270,23 +271,23 @@ EXPERIMENTS = {     # {label: flags of train.py}
         "2 loops, compute of 6": f"--n_loop=2 --learning_rate=4e-3 {LOOPS_6}",
     },
     "compute": {    # five budgets
-        f"{n} x, {flops} FLOPs": f"{WIDE_32} --n_loop={n} --target_flops={flops}"
+        f"{n} x, {flops} FLOPs": f"{NARROW} --n_loop={n} --target_flops={flops}"
         for flops in ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12") for n in (1, 2, 4, 6)
     },
     "variants": {
         f"{residual}, {optimizer}": f"--n_loop=6 --residual={residual} --optimizer={optimizer}"
         for residual in train.RESIDUALS for optimizer in train.OPTIMIZERS
     },
-    "pairs": {      # the paper's two pairs in its proportions, each with two controls
-        "4 blocks": f"{PAIRS} --n_layer=4",
-        "2 blocks x 3": f"{PAIRS} --n_layer=2 --n_loop=3",
-        "2 blocks x 3, each in turn": f"{PAIRS} --n_layer=2 --n_loop=3 --loop_order=block",
-        "6 blocks": f"{PAIRS} --n_layer=6",
-        "4 blocks, compute of 2 x 3": f"{PAIRS} --n_layer=4 --target_flops=3.222e12",
-        "1 block": f"{PAIRS} --n_layer=1",
-        "1 block x 2": f"{PAIRS} --n_layer=1 --n_loop=2",
-        "2 blocks": f"{PAIRS} --n_layer=2",
-        "1 block, compute of 1 x 2": f"{PAIRS} --n_layer=1 --target_flops=1.209e12",
+    "pairs": {      # the paper's two pairs, small, with both loop orders and controls
+        "4 blocks": f"{NARROW} --n_layer=4",
+        "2 blocks x 3": f"{NARROW} --n_layer=2 --n_loop=3",
+        "2 blocks x 3, each in turn": f"{NARROW} --n_layer=2 --n_loop=3 --loop_order=block",
+        "6 blocks": f"{NARROW} --n_layer=6",
+        "4 blocks, compute of 2 x 3": f"{NARROW} --n_layer=4 --target_flops=3.222e12",
+        "1 block": f"{NARROW} --n_layer=1",
+        "1 block x 2": f"{NARROW} --n_layer=1 --n_loop=2",
+        "2 blocks": f"{NARROW} --n_layer=2",
+        "1 block, compute of 1 x 2": f"{NARROW} --n_layer=1 --target_flops=1.209e12",
     },
     "paper": {      # the same at GPT-2's width and vocabulary, for one GPU
         "12 blocks": f"--preset=gpt2-124m {GPT2}",
@@ -323,7 +324,8 @@ def train_run(label, flags, data_sha256, rate, seed):
             model, _ = load_checkpoint(folder / "ckpt.pt", device)
             n_loop = 16 if args.n_loop > 1 else 1
             result["right"] = right_answers(model, n_loop)
-        path.write_text(json.dumps(result))
+        path.with_suffix(".tmp").write_text(json.dumps(result))
+        path.with_suffix(".tmp").rename(path)
         for checkpoint in folder.glob("*.pt"):
             checkpoint.unlink()  # large, and no longer needed
     result = json.loads(path.read_text())
@@ -352,7 +354,7 @@ def run_train_py(flags, folder, device):
 def study(data_sha256, seeds, sweep, model):
     """Find the learning rate of one model (label, flags), then train all seeds. Return its row.
 
-    The spread is half the distance of the best and the worst seed.
+    The spread is half the distance between the best and the worst seed.
     """
     label, flags = model
     train_at = partial(train_run, label, flags, data_sha256)
@@ -401,12 +403,13 @@ def compare(flags):
     print_table(setting, rows)
     print(f"written: {path}")
     if args.what == "arrows":
-        first, *others = [np.mean([run["right"] for run in row["runs"]], axis=0)
-                          for row in rows.values()]
-        last = {label: table[5 if len(table) > 5 else 0]    # after six loops, or the only one
-                for label, table in zip(list(rows)[1:], others, strict=True)}
+        tables = [np.mean([run["right"] for run in row["runs"] if "right" in run], axis=0)
+                  for row in rows.values()]
+        # of the controls, only what they answer at the end: after their sixth loop, or the only one
+        last = {label: table[:6][-1] for label, table in zip(rows, tables, strict=True)}
+        last.pop(next(iter(rows)))
         last["a blind guess"] = BLIND
-        draw_staircase(path.with_suffix(".png"), first, base.n_loop, last)
+        draw_staircase(path.with_suffix(".png"), tables[0], base.n_loop, last)
     else:
         plot(rows, setting, path.with_suffix(".png"))
 

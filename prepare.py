@@ -7,13 +7,13 @@ Text to tokens: writes data/train.bin and data/val.bin (bare uint16 tokens) and 
     python prepare.py notes/ --tokenizer=gpt2    a text file or all of a folder, as GPT-2's tokens
     python prepare.py openwebtext --shards=1     the paper's data: 21 files of 0.6 GB, or the first
 
-Every source is a stream of documents, and every document takes the same way:
+Every source is a stream of documents, and every document goes the same way:
 
     documents -> train or val -> tokens, on all cores -> train.bin, val.bin
 
-A file is one document, or several with <|endoftext|> between them. Memory holds one document at a
-time, and the first 100 at the start, so a source may be larger than memory. Downloads are kept in
-~/.cache/loop-gpt2: after an interruption the same command completes them, and tokenizes again.
+A file is one document, or several with <|endoftext|> between them. Memory holds 16 million
+characters at a time, or one longer document, so a source may be larger than memory. Downloads are
+kept in ~/.cache/loop-gpt2: after an interruption the same command completes them.
 """
 import argparse
 import hashlib
@@ -39,6 +39,7 @@ from urllib3.util import Retry
 EOT = "<|endoftext|>"
 TOKENIZERS = ("byte", "gpt2")
 SPLITS = ("train", "val")
+DATA_DIRS = {"arrows": "data-arrows"}   # where a source goes, if not to data
 
 
 # ---- from documents to tokens ----
@@ -46,7 +47,7 @@ SPLITS = ("train", "val")
 def get_tokenizer(name):
     """Return a tiktoken.Encoding: "byte" (256 bytes and EOT) or "gpt2" (50257 tokens)."""
     assert name in TOKENIZERS, name
-    if name == "byte":  # a token is a byte: nothing is merged, so any short pieces will do
+    if name == "byte":  # a token is a byte: the pattern only cuts the text into short pieces
         return tiktoken.Encoding("byte", pat_str=r"[\s\S]{1,64}", special_tokens={EOT: 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
     try:
@@ -57,7 +58,7 @@ def get_tokenizer(name):
 
 
 def split_documents(documents, one_in):
-    """Yield (split, text), the text with an EOT after each document.
+    """Yield (split, text), with an EOT after each document, or between them if they are few.
 
     No document should stand in both splits, and the order of files should not matter. So the hash
     of its text decides: one document in `one_in` is for validation. A source of fewer than 100
@@ -114,7 +115,7 @@ def write_data(folder, source, tokenizer, shards):
     meta |= {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
     sha256 = {split: hashlib.sha256() for split in SPLITS}
     stream = token_stream(source, tokenizer, shards)
-    first = next(stream)    # a source that is not there ends here, and what was written stays
+    first = next(stream)    # a missing source exits here, before the old data is touched
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
@@ -202,7 +203,7 @@ def make_arrows(count, chains=None, seed=0):
     For training there are 5 ends. The other letters are placed in random order. Each draws two of
     the letters before it that are fewer than 4 steps from their end, and points to the farther one,
     so that long ways are common.
-    For tests there are equal chains: 4 of 5 letters, 0 to 4 steps, or 2 of 10 letters, 0 to 9 steps.
+    For tests there are equal chains: 4 of 5 letters, 0 to 4 steps, or 2 of 10, 0 to 9 steps.
     """
     rng, alphabet = random.Random(seed), "abcdefghijklmnopqrst"
     for _ in range(count):
@@ -274,7 +275,7 @@ def download(url, sha256=None, hint="run the same command again to go on"):
     """Return the path of the file at url, downloaded once into the cache and checked by its sha256.
 
     A broken connection is resumed, now or by the next call. Exits with one line, which ends in
-    hint, if the file is not to be had or is another one.
+    hint, if the file cannot be downloaded or has another sha256.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loop-gpt2"
     path = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(url).name}"
@@ -309,10 +310,10 @@ def fetch(url, part):
     """
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
-    busy = Retry(6, connect=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
+    retries = Retry(6, connect=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
     with requests.Session() as session:
         for scheme in ("https://", "http://"):
-            session.mount(scheme, HTTPAdapter(max_retries=busy))
+            session.mount(scheme, HTTPAdapter(max_retries=retries))
         with session.get(url, headers=headers, stream=True, timeout=30) as response:
             if response.status_code == 416 and have:  # nothing is missing
                 return True
@@ -332,9 +333,6 @@ def fetch(url, part):
 
 
 # ---- the command line ----
-
-DATA_DIRS = {"arrows": "data-arrows"}   # where a source goes, if not to data
-
 
 def make_parser(description, prog=None):
     """argparse, which shows defaults in its help and tells a mistake in one line."""

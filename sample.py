@@ -50,9 +50,10 @@ def get_args():
 def exit_early(model, exit_kl, taken, idx, n_loop=None, cache=None):
     """Like model(idx, n_loop, cache), but one token, idx (1, 1), stops looping once it has settled.
 
-    It stops after loop n >= 1, counted from 0, if KL(p(n) || p(n-1)) < exit_kl for its predictions
-    p. Skipped loops get the keys and values of the last loop taken. The number of loops taken is
-    appended to the list taken. A prompt, idx (1, T), takes all.
+    It stops after its second loop at the earliest, if KL(p(n) || p(n-1)) < exit_kl for the
+    predictions p after loop n and the one before. Skipped loops get the keys and values of the last
+    loop taken. The number of loops taken is appended to the list taken. A prompt, idx (1, T), takes
+    all. With loop_order="block" only the loops of the last block can be skipped.
     """
     N = n_loop or model.config.n_loop
     if idx.size(1) > 1 or cache.length == 0:
@@ -90,8 +91,8 @@ def best_guesses(model, idx, n_loop=None):
 def show_loops(tokenizer, tokens, guess, probability):
     """Print a line for each token: the token, then each loop's guess and its probability.
 
-    tokens are T, guess and probability (N, T). In a terminal, the first loop that makes the final
-    guess is coloured.
+    tokens is a list of T, guess and probability are (N, T). In a terminal the first loop that
+    makes the final guess is coloured.
     """
     N, T = guess.shape
     first = (guess == guess[-1]).int().argmax(0)    # (T,)
@@ -127,7 +128,7 @@ def load_model(args, device):
 
 
 def write_sample(model, tokenizer, idx, args, room):
-    """Print a text as it is drawn, and its speed. Return its tokens, idx included: (1, T)."""
+    """Print a text as it is drawn, and its speed. Return its tokens with the prompt: (1, T)."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character can be several tokens
     taken, tokens, began = [], [idx], time.perf_counter()
     forward = None if args.exit_kl is None else partial(exit_early, model, args.exit_kl, taken)
