@@ -6,15 +6,16 @@ blocks n_loop times. Each loop adds a predicted residual to the state, through a
 
     x(n) = x(n-1) + a_n * f(x(n-1)),    n = 1 .. n_loop
 
-The parameters stay the same, the compute grows. In this file that is one `for` in GPT.states, and
-the equation itself in GPT.loop.
+f is what the blocks add to the state, and a_n has a number for each channel. The parameters stay
+the same, the compute grows. In this file that is one `for` in GPT.states, and the equation itself
+in GPT.loop.
 
     model = GPT(GPTConfig(n_layer=6, n_loop=6))     # the paper's 81M model
     logits, loss = model(idx, targets)              # (B, T, V), ()
 
 GPT-2 is Radford et al., Language Models are Unsupervised Multitask Learners, 2019. The loop is
-Ng & Wang, Loop Neural Networks for Parameter Sharing, arXiv 2409.14199. Its gate is new in version
-3, which we know from published reviews, not from its own text.
+Ng & Wang, Loop Neural Networks for Parameter Sharing, arXiv 2409.14199. Version 3 of the paper adds
+the gate. We have read published reviews of that version, not its own text.
 """
 import json
 import math
@@ -35,7 +36,7 @@ LOOP_ORDERS = ("stack", "block")                # see GPT.states
 
 @dataclass
 class GPTConfig:
-    """The shape of a model, by default GPT-2's. Raises ValueError if the fields do not fit."""
+    """The shape of a model, by default GPT-2's. ValueError: the numbers do not fit together."""
     block_size: int = 1024
     vocab_size: int = 50257
     n_layer: int = 12
@@ -117,7 +118,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with a loop in it. Parameters have GPT-2's names, and the head's matrix is wte."""
+    """GPT-2 with a loop in it. Parameters have GPT-2's names, and wte is the head's matrix too."""
 
     def __init__(self, config):
         super().__init__()
@@ -130,7 +131,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 # what a block adds to x starts small: by 1/sqrt(2 * n_layer) as in GPT-2, and by
-                # 1/n_loop, since n_loop loops add it (configure_optimizers in train.py has more)
+                # 1/n_loop, since n_loop loops add it. For simplicity, in all blocks of the model.
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) / c.n_loop)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -150,7 +151,8 @@ class GPT(nn.Module):
         """Tokens idx (B, T) -> (logits, loss).
 
         With targets (B, T): logits (B, T, V) and the mean loss in nats, (), over the targets that
-        are not -1. Without: the logits of the last position, (B, 1, V), and None.
+        are not -1. Without: the logits of the last position, (B, 1, V), and None. A KVCache holds
+        the positions before idx. The caller advances it.
         """
         for state in self.states(idx, n_loop, cache):
             x = state   # the last one counts
@@ -184,13 +186,13 @@ class GPT(nn.Module):
     def loop(self, x, group, n, N, cache=None):
         """Loop n of N, counted from 0, through a group of blocks: (B, T, C) -> (B, T, C).
 
-        Blocks are residual already: stack(x) = x + g(x). arXiv 2409.14199 leaves open whether its f
-        is g or all of stack. Here gated, sum and mean take g, outer takes stack.
+        The blocks compute stack(x) = x + g(x). arXiv 2409.14199 leaves open whether its f is g or
+        stack. In gated, sum and mean it is g, in outer it is stack.
         """
         start, end = self.groups[group]
         y = self.blocks(start, end, x, cache, n)    # stack(x)
         if self.gates is not None:                  # gated: x + a * g(x)
-            last = self.gates.size(1) - 1           # more loops than in training: the last gate
+            last = self.gates.size(1) - 1           # extra loops use the last gate again
             a = self.gates[group, min(n, last)]     # (C,)
             return x.lerp(y, a)                     # lerp is exact at a = 0 and at a = 1
         if self.config.residual == "mean":
@@ -222,7 +224,7 @@ class GPT(nn.Module):
         return logits, loss / (targets >= 0).sum().clamp(min=1)     # 0 if no target counts
 
     def loop_losses(self, idx, targets, n_loop=None):
-        """The loss in nats if the model had stopped after loop 1, 2, .. N: (N,)."""
+        """The loss in nats of the states after loop 1, 2, .. N: (N,)."""
         return torch.stack([self.predict(x, targets)[1] for x in self.states(idx, n_loop)])
 
 
@@ -263,8 +265,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=Non
 
     The model sees its last block_size tokens. GPT-2's positions are absolute: once the window
     slides, every token in it has a new position, so nothing can be cached and a token costs the
-    whole window. forward is called in place of the model while there is a cache (sample.py exits
-    early there).
+    whole window. Until then, forward is called in place of the model (sample.py exits early there).
     """
     block_size = model.config.block_size
     forward = forward or model
@@ -305,7 +306,7 @@ def flops_per_token(config, n_loop=None):
     A weight costs 2 forward and 4 backward each time it is used: a looped block N times, the head
     once. Attention adds two products of (T, T, C), counted whole although half is masked, as in
     PaLM (arXiv 2204.02311, appendix B), so that the figure can be set beside others'. The gates,
-    2 operations in about 12 * n_embd, are left out.
+    which are no matrices, are left out like the norms.
     """
     c = config
     N = c.n_loop if n_loop is None else n_loop
@@ -356,10 +357,10 @@ def load_checkpoint(path, device="cpu"):
 # ---- OpenAI's weights ----
 
 def from_pretrained(shape, weights, **overrides):
-    """Return the GPT-2 of read_gpt2, in any loop layout: GPT(..) = from_pretrained(*read_gpt2(..)).
+    """Return the GPT-2 that read_gpt2 has read, in any loop layout.
 
     overrides are GPTConfig's fields, such as n_loop or a shorter block_size. Gates start at 1 for
-    the first loop and at 0 for the others: a looped GPT-2 starts as GPT-2 exactly.
+    the first loop and at 0 for the others, so with them a looped GPT-2 starts as GPT-2 exactly.
     """
     model = GPT(GPTConfig(**shape | overrides))
     weights = weights | {"wpe.weight": weights["wpe.weight"][:model.config.block_size]}
@@ -375,7 +376,7 @@ def read_gpt2(path):
 
     It is meant for OpenAI's four and for models of their architecture: heads 64 wide, a head that
     is tied to wte (exits if not), attention scaled by 1/sqrt(64) in every block, gelu by tanh.
-    The file does not say whether a model differs in the others.
+    The file states only the second. The others are assumed.
     """
     weights, masks = {}, (".attn.bias", ".attn.masked_bias")
     for name, t in read_safetensors(path).items():

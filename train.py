@@ -42,7 +42,7 @@ PRESETS = {
     "gpt2-81m-loop": dict(n_layer=6, n_loop=6, **RECIPE),
     "gpt2-45m": dict(n_layer=1, n_loop=1, **RECIPE),
     "gpt2-45m-loop": dict(n_layer=1, n_loop=2, **RECIPE),
-    # a document of the puzzle has 69 tokens with its end, and only the answers can be learned
+    # a document of the puzzle has 69 tokens with its end; all but the answers is random
     "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=6, n_loop_min=1, n_head=4,
                    block_size=68, stride=69, score_after=">", batch_size=16, max_steps=8000,
                    learning_rate=4e-3),
@@ -102,8 +102,8 @@ def make_flags():
     add("--batch_size", type=positive, default=8, help="sequences that a process computes at once")
     add("--gradient_accumulation_steps", type=positive, default=1,
         help="batches in a step, over all processes")
-    add("--stride", type=positive, default=1, help="sequences start at multiples of it: "
-        "the length of the documents, where all are of one length, keeps each whole")
+    add("--stride", type=positive, default=1, help="sequences start at multiples of it; "
+        "set it to the length of the documents to keep them whole")
     add("--score_after", help="the loss counts only tokens that follow this one, such as answers")
     add("--max_steps", type=natural, default=4000, help="number of updates of the weights")
     add("--target_flops", type=not_negative, help="set max_steps so that training costs this")
@@ -189,7 +189,7 @@ def get_n_loop(args, step):
     """The loops of a step: n_loop, or with n_loop_min a draw."""
     if args.n_loop_min is None:
         return args.n_loop
-    rng = np.random.default_rng((args.seed, step, 1))
+    rng = np.random.default_rng((args.seed, step, 1))   # 1: other draws than get_batch's
     return int(rng.integers(args.n_loop_min, args.n_loop, endpoint=True))
 
 
@@ -221,7 +221,7 @@ def inputs_and_targets(rows, score_token, device):
 def train_step(net, optimizers, x, y, args, autocast, n_loop=None):
     """One update on x and y (n, T), in parts of batch_size: the loss and the gradient's norm."""
     loss = torch.zeros((), device=x.device)
-    counted = mean_over_processes((y >= 0).sum().float())
+    counted = mean_over_processes((y >= 0).sum().float()).clamp(min=1e-6)   # not 0 / 0
     for i in range(0, len(x), args.batch_size):
         part_x, part_y = x[i:i + args.batch_size], y[i:i + args.batch_size]
         # DDP averages the gradients of all processes, once a step; a plain model ignores this
@@ -269,7 +269,7 @@ def mean_over_processes(x):
 class Muon(torch.optim.Optimizer):
     """Momentum, but the update of a matrix is made orthogonal: each direction moves equally far.
 
-    After Keller Jordan et al., Muon, 2024. Its size is that of AdamW's update (arXiv 2502.16982),
+    After Keller Jordan et al., Muon, 2024. The update has the size of AdamW's (arXiv 2502.16982),
     so one learning rate serves both. torch.optim.Muon computes the same in bfloat16, which most
     CPUs only emulate. Here bfloat16 is for GPUs.
     """
@@ -296,8 +296,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(g):
     """The nearest orthogonal matrix to g (m, n), roughly: its singular values become 0.7 to 1.2.
 
-    A Newton-Schulz iteration: x -> 3.4445 x - 4.775 (x x') x + 2.0315 (x x')^2 x acts on the
-    singular values alone, and drives all between 0 and 1 towards 1.
+    A Newton-Schulz iteration: x -> 3.4445 x - 4.775 (x x') x + 2.0315 (x x')^2 x, where x' is the
+    transpose, acts on the singular values alone, and drives all between 0 and 1 towards 1.
     """
     x = g.bfloat16() if g.is_cuda else g
     if g.size(0) > g.size(1):
@@ -332,7 +332,7 @@ def configure_optimizers(model, args):
 # ---- the machine ----
 
 def set_up(model, args, device):
-    """Set compilation, checkpointing and precision. Return (autocast, whether it is bfloat16)."""
+    """Set compilation, recomputation and precision. Return (autocast, whether it is bfloat16)."""
     torch.set_float32_matmul_precision("highest" if args.dtype == "float32" else "high")  # TF32
     on_cuda = device.type == "cuda"
     can_compile = find_spec("triton") and (shutil.which(os.environ.get("CC", "gcc"))
@@ -348,7 +348,7 @@ def set_up(model, args, device):
 def compile_blocks(model, **options):
     """Compile each block and the head, which do nearly all the work.
 
-    One block's code serves every block at every loop: 6 x 6 starts as fast as 6 x 1, and a change
+    One block's code serves every block at every loop: 6 blocks x 6 start as fast as 6, and a change
     of n_loop compiles nothing. In the compiled head the softmax (B, T, V) never exists in full.
     """
     for block in model.h:
@@ -371,8 +371,8 @@ def check(args, train_data, val_data, meta, world):
     if min(len(train_data), len(val_data)) <= args.block_size:
         sys.exit(f"{args.data_dir} is too short for block_size={args.block_size}: "
                  "use a smaller --block_size, or run python prepare.py on more text")
-    for_gpt2 = args.init_from or (args.preset or "").startswith("gpt2")
-    if for_gpt2 and meta["tokenizer"] != "gpt2":
+    for_gpt2 = args.init_from or args.preset
+    if for_gpt2 and for_gpt2 != "arrows" and meta["tokenizer"] != "gpt2":
         sys.exit(f"{args.data_dir} has {meta['tokenizer']} tokens, {for_gpt2} needs GPT-2's: run "
                  "python prepare.py openwebtext, or another text with --tokenizer=gpt2")
     if args.batch_size * args.gradient_accumulation_steps % world:
@@ -402,7 +402,7 @@ def get_score_token(args, meta):
 
 
 def check_finite(step, value, rank):
-    """Exit if the training has diverged. The last line on stdout is then JSON all the same."""
+    """Exit if the training has diverged. The last line on stdout is JSON even then."""
     if not math.isfinite(value):
         if rank == 0:
             print(json.dumps({"step": step, "val_loss": None}))
@@ -422,7 +422,7 @@ def progress(args, step, loss, norm, lr, speed, mfu, step_tokens):
 
 
 def keep_old(path):
-    """Rename the checkpoint of an earlier run, so that this one does not replace it."""
+    """Rename the checkpoint of the last run, so that this one does not replace it."""
     old = path.with_suffix(".old.pt")
     if path.exists():
         os.replace(path, old)
@@ -432,18 +432,26 @@ def keep_old(path):
 def train(args, loaded=None):
     # the machine: under torchrun this is one process of `world`, otherwise the only one
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available() and args.device != "cpu":
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
             sys.exit(f"more processes than the {torch.cuda.device_count()} GPUs: use as many")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = pick_device(args.device)
     out = Path(args.out_dir)
 
-    # the data, the model, its optimizers
+    # the data and the cost
     train_data, val_data, meta = load_data(args.data_dir)
     check(args, train_data, val_data, meta, world)
     score_token = get_score_token(args, meta)
     c = get_config(args, meta["vocab_size"])
+    mean_n_loop = ((args.n_loop_min or args.n_loop) + args.n_loop) / 2
+    flops = flops_per_token(c, mean_n_loop)
+    step_tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size
+    if args.target_flops is not None:
+        args.max_steps = max(1, round(args.target_flops / (flops * step_tokens)))
+        args.target_flops = None  # a resumed run goes by max_steps
+
+    # the model and its optimizers
     torch.manual_seed(args.seed)
     start, seconds = 0, 0.0
     if args.resume:
@@ -465,14 +473,8 @@ def train(args, loaded=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    # the cost, and what is reported of it
+    # what is reported
     params = sum(p.numel() for p in model.parameters())
-    mean_n_loop = ((args.n_loop_min or args.n_loop) + args.n_loop) / 2
-    flops = flops_per_token(c, mean_n_loop)
-    step_tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size
-    if args.target_flops is not None:
-        args.max_steps = max(1, round(args.target_flops / (flops * step_tokens)))
-        args.target_flops = None  # a resumed run goes by max_steps
     peak = peak_flops(device) if bf16 else None
     if rank == 0:
         print(f"n_layer={c.n_layer}, h[{c.loop_start}:{c.loop_end}] x {c.n_loop} ({c.residual}), "
@@ -481,10 +483,11 @@ def train(args, loaded=None):
               f"{args.max_steps} steps of {step_tokens:,}, {world} x {device.type}, "
               f"{'bf16' if bf16 else 'float32'}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            keep_old(out / "ckpt.pt")
 
     # report, evaluate, save, then train: a checkpoint holds exactly the reported model
     loss = norm = lr = None
-    kept_old = args.resume
     began = interval_began = time.perf_counter()
     interval_step = start
     for step in range(start, args.max_steps + 1):  # step: the number of updates done
@@ -509,9 +512,6 @@ def train(args, loaded=None):
         if logging and rank == 0:
             print(line, flush=True)
         if evaluating and rank == 0 and (step > start or last):
-            if not kept_old:
-                keep_old(out / "ckpt.pt")
-                kept_old = True
             states = [optimizer.state_dict() for optimizer in optimizers]
             save_checkpoint(out / "ckpt.pt", model, step=step, args=vars(args), data=meta,
                             seconds=seconds + time.perf_counter() - began, optimizers=states)
@@ -550,7 +550,7 @@ def main():
         train(args, loaded)
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) > 0:
-            sys.exit(1)  # the first process speaks
+            sys.exit(1)  # the first process prints the message
         sys.exit("stopped; go on from the last checkpoint with "
                  f"python train.py --resume --out_dir={args.out_dir}")
 
