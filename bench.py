@@ -7,16 +7,15 @@ What a model costs, what its loops gain, and what models learn when they are tra
     python bench.py compare --what=default --sweep  an experiment: see EXPERIMENTS
 
 speed measures each model in a process of its own, with nothing compiled before. start is the time
-until the first step is done, the other times are medians. memory is what training adds, MFU the
-share of the device's peak according to its maker.
+until the first step is done, the other times are medians. memory is what training adds. MFU, the
+model FLOPs utilization, is the share of the peak that the device's maker states. decode is in
+tokens per second.
 
 compare gives every model the same data, with the same seed in the same order, and the same
-evaluation.
---sweep finds each its own learning rate: it tries rates a factor of two apart, with seed 0, until
-the best lies between two others. results/WHAT.json records every trial. A finished run in
-out-compare/ is not repeated, an interrupted one goes on.
+evaluation. --sweep finds each its own learning rate: it tries rates a factor of two apart, with
+seed 0, until the best lies between two others, in at most 14 trials. results/WHAT.json records all
+trials. A finished run in out-compare/ is not repeated, an interrupted one goes on.
 """
-import argparse
 import hashlib
 import json
 import math
@@ -31,6 +30,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    Figure = None   # the tables need no matplotlib, the pictures do
 
 import train
 from model import GPT, KVCache, flops_per_token, generate, load_checkpoint, pick_device
@@ -75,6 +79,7 @@ def measure(flags):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     for_gpt2 = (args.preset or "").startswith("gpt2")
+    # --init_from sets vocab_size, a preset of GPT-2's size means its tokens
     config = train.get_config(args, getattr(args, "vocab_size", 50257 if for_gpt2 else 257))
     torch.manual_seed(args.seed)
     x, y = torch.randint(config.vocab_size, (2, args.batch_size, args.block_size), device=device)
@@ -98,7 +103,7 @@ def measure(flags):
     token_time = np.median([time_of(partial(next, tokens), device) for _ in range(count - 1)])
 
     params, flops = sum(p.numel() for p in model.parameters()), flops_per_token(config)
-    peak = train.peak_flops(device) if bf16 else None
+    peak = peak_flops(device) if bf16 else None
     mfu = f"{x.numel() / step_time * flops / peak:4.0%}" if peak else "   -"
     print(f"{name:<14} {params / 1e6:7.2f}M {flops / 1e6:12,.1f} {start:5.1f}s "
           f"{step_time * 1e3:8,.1f} {x.numel() / step_time:9,.0f} {mfu} {memory / 1e6:6,.0f}MB "
@@ -127,6 +132,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def peak_flops(device):
+    """Dense bf16 operations per second that the maker states, or None for a device not listed."""
+    peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12, "A100-SXM4-40GB": 312e12,
+             "A100-SXM4-80GB": 312e12, "L40S": 362e12, "L4": 121e12, "GeForce RTX 4090": 165e12}
+    return peaks.get(device_name(device).removeprefix("NVIDIA "))
+
+
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -134,29 +146,16 @@ def device_name(device):
 # ---- loops: what each loop of a checkpoint gains ----
 
 def loops(flags):
-    """Print the loss after each loop. For the puzzle, print and draw how many answers are right."""
+    """Print and draw how many answers to the puzzle are right after each loop."""
     parser = make_parser(loops.__doc__, "bench.py loops")
-    parser.add_argument("--out_dir", default="out", help="the folder with train.py's ckpt.pt")
-    parser.add_argument("--data_dir", help="the folder that prepare.py wrote; None: as in training")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
+    add = parser.add_argument
+    add("--out_dir", default="out-arrows", help="the folder with train.py's ckpt.pt")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps")
     args = parser.parse_args(flags)
-    device = pick_device(args.device)
-    model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt", device)
-    if state["data"]["dataset"] == "arrows":
-        show_answers(model, Path(args.out_dir) / "loops.png")
-        return
-    trained = argparse.Namespace(**state["args"])
-    trained.data_dir = args.data_dir or trained.data_dir
-    _, val_data, meta = load_data(trained.data_dir)
-    train.check_resumed(trained, meta, state)   # is it the data of the training?
-    score_token = train.get_score_token(trained, meta)
-    losses = train.evaluate(model, val_data, trained, score_token, device)
-    print("loop  val loss")
-    for n, loss in enumerate(losses, start=1):
-        print(f"{n:4} {loss:9.4f}")
-
-
-def show_answers(model, path):
+    model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt", pick_device(args.device))
+    if state["data"]["dataset"] != "arrows":
+        sys.exit(f"{args.out_dir} is not of the puzzle: there, train.py prints the loss after each "
+                 "loop, and sample.py --show_loops the guesses")
     table, used = right_answers(model, n_loop=16), loops_to_settle(model)
     print("right answers in %, by the steps from the question to its answer (training: 0 to 4)")
     print(f"after loop {' '.join(f'{steps:5}' for steps in range(10))}")
@@ -164,7 +163,8 @@ def show_answers(model, path):
         print(f"{n:10} {' '.join(f'{share:5.1%}' for share in row)}")
     print(f"loops that --exit_kl=0.01 takes, of {model.config.n_loop}:")
     print(f"{'':10} {' '.join(f'{n:5.2f}' for n in used)}")
-    draw_staircase(path, table, model.config.n_loop, {"a blind guess": BLIND})
+    path = Path(args.out_dir) / "loops.png"
+    draw_answers(path, table, model.config.n_loop, {"a blind guess": BLIND})
 
 
 BLIND = [1 / 4] * 5 + [1 / 2] * 5   # of right answers, by naming any of the 4 or 2 ends
@@ -202,7 +202,7 @@ def right_answers(model, n_loop):
         x, right = puzzles(chains), []
         for part in x.to(model.wte.weight.device).split(100):
             states = model.eval().states(part, n_loop)
-            # with targets, any, predict returns the logits of all positions; a > is at 21, 24, ..
+            # predict returns all positions only with targets, whatever they are; > is at 21, 24, ..
             logits = (model.predict(state, part)[0][:, 21::3] for state in states)
             right.append(torch.stack([guess.argmax(-1) == part[:, 22::3] for guess in logits]))
         right = torch.cat(right, dim=1).cpu()       # (n_loop, B, 16)
@@ -225,11 +225,9 @@ def loops_to_settle(model, exit_kl=0.01, count=50):
     return [used[steps == number].mean().item() for number in range(5)]
 
 
-def draw_staircase(path, table, trained_loops, others):
-    """Draw right_answers after loop 1 to 12, and below it a row (10,) for each of the others."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+def draw_answers(path, table, trained_loops, others):
+    """Draw right_answers after loop 1 to 12, and below them the others, {label: row (10,)}."""
+    if Figure is None:
         print(f"no picture {path}: pip install matplotlib")
         return
     rows = [*table[:12], [math.nan] * 10, *others.values()]
@@ -256,8 +254,8 @@ def draw_staircase(path, table, trained_loops, others):
 
 # ---- compare: models trained side by side ----
 
-LOOPS_6 = "--target_flops=1.007e13"     # the compute of the default run with six loops
-PUZZLE = "--target_flops=1.143e13"      # the compute of --preset=arrows
+AS_6_LOOPS = "--target_flops=1.007e13"  # the compute of the default run with six loops
+AS_ARROWS = "--target_flops=1.143e13"   # the compute of --preset=arrows
 NARROW = "--n_embd=32"
 GPT2 = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
         "--eval_iters=20 --eval_interval=10000")
@@ -267,8 +265,8 @@ EXPERIMENTS = {     # {label: flags of train.py}
         "2 loops": "--n_loop=2",
         "4 loops": "--n_loop=4",
         "6 loops": "--n_loop=6",
-        "1 loop, compute of 6": f"--n_loop=1 --learning_rate=2e-3 {LOOPS_6}",
-        "2 loops, compute of 6": f"--n_loop=2 --learning_rate=4e-3 {LOOPS_6}",
+        "1 loop, compute of 6": f"--n_loop=1 --learning_rate=2e-3 {AS_6_LOOPS}",
+        "2 loops, compute of 6": f"--n_loop=2 --learning_rate=4e-3 {AS_6_LOOPS}",
     },
     "compute": {    # five budgets
         f"{n} x, {flops} FLOPs": f"{NARROW} --n_loop={n} --target_flops={flops}"
@@ -302,9 +300,9 @@ EXPERIMENTS = {     # {label: flags of train.py}
     "arrows": {     # the puzzle, and its controls with equal compute
         "loops drawn from 1 to 6": "--preset=arrows",
         "no gate": "--preset=arrows --residual=sum",
-        "always six loops": f"--preset=arrows --n_loop_min=6 {PUZZLE}",
-        "one forward pass": f"--preset=arrows --n_loop=1 --n_loop_min=1 {PUZZLE}",
-        "six blocks": f"--preset=arrows --n_layer=6 --n_loop=1 --n_loop_min=1 {PUZZLE}",
+        "always six loops": f"--preset=arrows --n_loop_min=6 {AS_ARROWS}",
+        "one forward pass": f"--preset=arrows --n_loop=1 --n_loop_min=1 {AS_ARROWS}",
+        "six blocks": f"--preset=arrows --n_layer=6 --n_loop=1 --n_loop_min=1 {AS_ARROWS}",
     },
 }
 
@@ -402,14 +400,14 @@ def compare(flags):
                                 "data": meta, "models": rows}, indent=1) + "\n")
     print_table(setting, rows)
     print(f"written: {path}")
-    if args.what == "arrows":
-        tables = [np.mean([run["right"] for run in row["runs"] if "right" in run], axis=0)
-                  for row in rows.values()]
+    if base.preset == "arrows":
+        tables = {label: np.mean([run["right"] for run in row["runs"] if "right" in run], axis=0)
+                  for label, row in rows.items() if row["mean"] is not None}
+        ours = tables.pop(next(iter(rows)))
         # of the controls, only what they answer at the end: after their sixth loop, or the only one
-        last = {label: table[:6][-1] for label, table in zip(rows, tables, strict=True)}
-        last.pop(next(iter(rows)))
-        last["a blind guess"] = BLIND
-        draw_staircase(path.with_suffix(".png"), tables[0], base.n_loop, last)
+        others = {label: table[:6][-1] for label, table in tables.items()}
+        others["a blind guess"] = BLIND
+        draw_answers(path.with_suffix(".png"), ours, base.n_loop, others)
     else:
         plot(rows, setting, path.with_suffix(".png"))
 
@@ -433,9 +431,7 @@ def print_table(setting, rows):
 
 def plot(rows, title, path):
     """Draw the mean loss of each model over its FLOPs, with the spread of its seeds."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if Figure is None:
         print(f"no picture {path}: pip install matplotlib")
         return
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -450,6 +446,7 @@ def plot(rows, title, path):
     for n_loop, points in sorted(lines.items()):
         flops, means, spreads = zip(*sorted(points), strict=True)
         axes.errorbar(flops, means, spreads, fmt="o-", capsize=3, label=f"n_loop = {n_loop}")
+    if lines:
         axes.legend()
     axes.set(xscale="log", xlabel="FLOPs of training", ylabel="validation loss, nats", title=title)
     axes.grid(alpha=0.4)
@@ -474,4 +471,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nstopped: the same compare goes on with the runs that are not finished")
+        sys.exit("\nstopped: the same command goes on with the runs that are not finished")

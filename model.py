@@ -15,7 +15,7 @@ in GPT.loop.
 
 GPT-2 is Radford et al., Language Models are Unsupervised Multitask Learners, 2019. The loop is
 Ng & Wang, Loop Neural Networks for Parameter Sharing, arXiv 2409.14199. Version 3 of the paper adds
-the gate. We have read published reviews of that version, not its own text.
+the gate. We know that version from published reviews only.
 """
 import json
 import math
@@ -75,13 +75,14 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, cache=None, key=None):
+    def forward(self, x, cache=None, slot=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)       # (B, T, 3, nh, hs) -> 3 of (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.update(key, k, v)         # (B, nh, S, hs), the S >= T positions so far
+            k, v = cache.update(slot, k, v)         # (B, nh, S, hs), the S >= T positions so far
         dropout = self.dropout if self.training else 0.0
+        # several positions come first in the cache, so a causal mask fits; a single one sees all S
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)     # (B, nh, T, hs) -> (B, T, C), heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -111,8 +112,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, key=None):
-        x = x + self.attn(self.ln_1(x), cache, key)
+    def forward(self, x, cache=None, slot=None):
+        x = x + self.attn(self.ln_1(x), cache, slot)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -131,7 +132,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 # what a block adds to x starts small: by 1/sqrt(2 * n_layer) as in GPT-2, and by
-                # 1/n_loop, since n_loop loops add it. For simplicity, in all blocks of the model.
+                # 1/n_loop, since n_loop loops add it. Blocks outside the loop are treated alike.
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) / c.n_loop)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -186,8 +187,8 @@ class GPT(nn.Module):
     def loop(self, x, group, n, N, cache=None):
         """Loop n of N, counted from 0, through a group of blocks: (B, T, C) -> (B, T, C).
 
-        The blocks compute stack(x) = x + g(x). arXiv 2409.14199 leaves open whether its f is g or
-        stack. In gated, sum and mean it is g, in outer it is stack.
+        The blocks of the group compute stack(x) = x + g(x). arXiv 2409.14199 leaves open whether
+        its f is g or stack. In gated, sum and mean it is g, in outer it is stack.
         """
         start, end = self.groups[group]
         y = self.blocks(start, end, x, cache, n)    # stack(x)
@@ -199,7 +200,7 @@ class GPT(nn.Module):
             return x.lerp(y, 1 / N)                 # x + g(x) / N
         if self.config.residual == "outer":
             return x + y                            # x + stack(x)
-        return y                                    # sum, or a single loop: x + g(x)
+        return y                                    # sum, or gated with one loop: x + g(x)
 
     def blocks(self, start, end, x, cache=None, n=0):
         """Send a state (B, T, C) through h[start:end]. n tells the cache which loop this is."""
@@ -241,15 +242,15 @@ class KVCache:
         self.length = 0     # positions in every entry
         self.entries = {}   # (loop, block): (2, B, nh, max_length, hs)
 
-    def update(self, key, k, v):
+    def update(self, slot, k, v):
         """Append k and v (B, nh, T, hs) to an entry and return all of it, (2, B, nh, S, hs)."""
         B, nh, T, hs = k.shape
         end = self.length + T
         assert end <= self.max_length, f"{end} positions in a cache of {self.max_length}"
         assert T == 1 or self.length == 0, "several positions after cached ones would need a mask"
-        if key not in self.entries:
-            self.entries[key] = k.new_empty(2, B, nh, self.max_length, hs)
-        entry = self.entries[key]
+        if slot not in self.entries:
+            self.entries[slot] = k.new_empty(2, B, nh, self.max_length, hs)
+        entry = self.entries[slot]
         entry[0, :, :, self.length:end] = k
         entry[1, :, :, self.length:end] = v
         return entry[:, :, :, :end]
@@ -265,7 +266,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=Non
 
     The model sees its last block_size tokens. GPT-2's positions are absolute: once the window
     slides, every token in it has a new position, so nothing can be cached and a token costs the
-    whole window. Until then, forward is called in place of the model (sample.py exits early there).
+    whole window. Until then, forward is called in place of the model: sample.py's may skip loops.
     """
     block_size = model.config.block_size
     forward = forward or model
@@ -311,6 +312,7 @@ def flops_per_token(config, n_loop=None):
     c = config
     N = c.n_loop if n_loop is None else n_loop
     depth = c.n_layer + (c.loop_end - c.loop_start) * (N - 1)   # blocks on a token's way
+    # a block has 12 matrices of C x C: 3 + 1 in attention, 4 + 4 in the MLP
     weights = depth * 12 * c.n_embd ** 2 + c.vocab_size * c.n_embd
     return 6 * weights + 12 * depth * c.block_size * c.n_embd
 
@@ -362,7 +364,7 @@ def from_pretrained(shape, weights, **overrides):
     overrides are GPTConfig's fields, such as n_loop or a shorter block_size. Gates start at 1 for
     the first loop and at 0 for the others, so with them a looped GPT-2 starts as GPT-2 exactly.
     """
-    model = GPT(GPTConfig(**shape | overrides))
+    model = GPT(GPTConfig(**(shape | overrides)))
     weights = weights | {"wpe.weight": weights["wpe.weight"][:model.config.block_size]}
     if model.gates is not None:
         weights["gates"] = torch.zeros_like(model.gates)
@@ -374,11 +376,12 @@ def from_pretrained(shape, weights, **overrides):
 def read_gpt2(path):
     """Return (shape, weights) of a model.safetensors: GPTConfig's fields, and GPT's state_dict.
 
-    It is meant for OpenAI's four and for models of their architecture: heads 64 wide, a head that
-    is tied to wte (exits if not), attention scaled by 1/sqrt(64) in every block, gelu by tanh.
-    The file states only the second. The others are assumed.
+    It is meant for OpenAI's four and for models of their architecture: attention heads 64 wide,
+    scores scaled by 1/sqrt(64) in every block, gelu by tanh. The file does not state these, so
+    they are assumed. Exits if there is an lm_head.weight other than wte.weight.
     """
-    weights, masks = {}, (".attn.bias", ".attn.masked_bias")
+    weights = {}
+    masks = (".attn.bias", ".attn.masked_bias")     # causal masks, despite their name
     for name, t in read_safetensors(path).items():
         name = name.removeprefix("transformer.")
         if not name.endswith(masks):

@@ -5,15 +5,15 @@ Text to tokens: writes data/train.bin and data/val.bin (bare uint16 tokens) and 
     python prepare.py arrows                     a puzzle whose answers take steps, to data-arrows/
     python prepare.py shakespeare                tinyshakespeare, downloaded
     python prepare.py notes/ --tokenizer=gpt2    a text file or all of a folder, as GPT-2's tokens
-    python prepare.py openwebtext --shards=1     the paper's data: 21 files of 0.6 GB, or the first
+    python prepare.py openwebtext --shards=1     the paper's data, the first of its 21 files
 
 Every source is a stream of documents, and every document goes the same way:
 
     documents -> train or val -> tokens, on all cores -> train.bin, val.bin
 
-A file is one document, or several with <|endoftext|> between them. Memory holds 16 million
-characters at a time, or one longer document, so a source may be larger than memory. Downloads are
-kept in ~/.cache/loop-gpt2: after an interruption the same command completes them.
+A file is one document, or several with <|endoftext|> between them. Memory holds 200 documents at a
+time, so a source may be larger than memory. Downloads are kept in ~/.cache/loop-gpt2: after an
+interruption the same command completes them.
 """
 import argparse
 import hashlib
@@ -58,33 +58,26 @@ def get_tokenizer(name):
 
 
 def split_documents(documents, one_in):
-    """Yield (split, text), with an EOT after each document, or between them if they are few.
+    """Yield (split, text): whole documents with an EOT after each, or the parts of a few.
 
     No document should stand in both splits, and the order of files should not matter. So the hash
     of its text decides: one document in `one_in` is for validation. A source of fewer than 100
-    documents is too small for that. There each document is cut at 90%.
+    documents is too small for that. There each document is cut at 90%, and EOTs stand between the
+    parts. Exits if that is too little text to train on.
     """
     documents = (text for text in documents if text.strip())
     first = list(itertools.islice(documents, 100))
     if len(first) < 100:
-        yield "train", EOT.join(text[:len(text) * 9 // 10] for text in first)
-        yield "val", EOT.join(text[len(text) * 9 // 10:] for text in first)
+        train = EOT.join(text[:len(text) * 9 // 10] for text in first)
+        val = EOT.join(text[len(text) * 9 // 10:] for text in first)
+        if min(len(train), len(val)) < 2:
+            sys.exit("too little text for training and validation: name a longer source")
+        yield "train", train
+        yield "val", val
         return
     for text in itertools.chain(first, documents):
         number = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
         yield "val" if number % one_in == 0 else "train", text + EOT
-
-
-def batches(pairs, size=1 << 24):
-    """Group (split, text) pairs into lists of about `size` characters."""
-    batch, length = [], 0
-    for split, text in pairs:
-        batch.append((split, text))
-        length += len(text)
-        if length >= size:
-            yield batch
-            batch, length = [], 0
-    yield batch
 
 
 def token_stream(source, tokenizer, shards):
@@ -96,8 +89,9 @@ def token_stream(source, tokenizer, shards):
     else:
         documents, one_in = read_files(source), 10
     encode = partial(tokenizer.encode_to_numpy, allowed_special={EOT})
+    pairs = split_documents(documents, one_in)
     with ThreadPool() as pool:  # threads suffice, because tiktoken releases Python's lock
-        for batch in batches(split_documents(documents, one_in)):
+        while batch := list(itertools.islice(pairs, 200)):
             encoded = pool.map(encode, [text for _, text in batch])
             for (split, _), ids in zip(batch, encoded, strict=True):
                 yield split, ids.astype(np.uint16)
@@ -115,7 +109,7 @@ def write_data(folder, source, tokenizer, shards):
     meta |= {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
     sha256 = {split: hashlib.sha256() for split in SPLITS}
     stream = token_stream(source, tokenizer, shards)
-    first = next(stream)    # a missing source exits here, before the old data is touched
+    first = next(stream)    # a missing or short source exits here, before the old data is touched
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
@@ -127,8 +121,6 @@ def write_data(folder, source, tokenizer, shards):
             meta[split]["bytes"] += int(lengths[ids].sum())
     for split in SPLITS:
         meta[split]["sha256"] = sha256[split].hexdigest()
-        if meta[split]["tokens"] < 2:
-            sys.exit(f"{source} has too little text for a {split} split: name a longer one")
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return meta
 
@@ -158,7 +150,7 @@ def find_files(source):
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        sys.exit(f"{source} is neither a file nor a folder: for Python's library name none")
+        sys.exit(f"{source} is neither a file nor a folder: leave it out to use Python's library")
     files = []
     for path in sorted(folder.rglob(pattern)):
         parts = path.relative_to(folder).parts
@@ -203,7 +195,7 @@ def make_arrows(count, chains=None, seed=0):
     For training there are 5 ends. The other letters are placed in random order. Each draws two of
     the letters before it that are fewer than 4 steps from their end, and points to the farther one,
     so that long ways are common.
-    For tests there are equal chains: 4 of 5 letters, 0 to 4 steps, or 2 of 10, 0 to 9 steps.
+    For tests, chains=4 or 2 makes equal chains: 4 of 5 letters (0 to 4 steps) or 2 of 10 (0 to 9).
     """
     rng, alphabet = random.Random(seed), "abcdefghijklmnopqrst"
     for _ in range(count):
@@ -310,6 +302,7 @@ def fetch(url, part):
     """
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    # a busy server is asked 6 times more; without a network the first failure is told at once
     retries = Retry(6, connect=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
     with requests.Session() as session:
         for scheme in ("https://", "http://"):

@@ -48,7 +48,7 @@ def get_args():
 # ---- early exit ----
 
 def exit_early(model, exit_kl, taken, idx, n_loop=None, cache=None):
-    """Like model(idx, n_loop, cache), but one token, idx (1, 1), stops looping once it has settled.
+    """Like model(idx, n_loop=n_loop, cache=cache), but a new token, idx (1, 1), may stop looping.
 
     It stops after its second loop at the earliest, if KL(p(n) || p(n-1)) < exit_kl for the
     predictions p after loop n and the one before. Skipped loops get the keys and values of the last
@@ -61,7 +61,8 @@ def exit_early(model, exit_kl, taken, idx, n_loop=None, cache=None):
         return model(idx, n_loop=N, cache=cache)
     last_log_p = None
     for n, x in enumerate(model.states(idx, N, cache)):
-        logits, _ = model.predict(x, cache=cache)   # (1, 1, V)
+        # (1, 1, V); the blocks after the loop overwrite their keys and values each time
+        logits, _ = model.predict(x, cache=cache)
         log_p = logits.float().log_softmax(-1)
         if n > 0 and F.kl_div(last_log_p, log_p, reduction="sum", log_target=True) < exit_kl:
             break
@@ -78,10 +79,11 @@ def exit_early(model, exit_kl, taken, idx, n_loop=None, cache=None):
 
 @torch.no_grad()
 def best_guesses(model, idx, n_loop=None):
-    """After each loop, the likeliest token for every position of idx (1, T + 1) after the first.
+    """Each loop's likeliest token for idx[:, 1:], seeing the tokens before it: idx (1, T + 1).
 
     Returns the tokens and their probabilities, (N, T) each.
     """
+    # with targets, predict returns the logits of all positions
     x, y = idx[:, :-1], idx[:, 1:]
     logits = [model.predict(state, y)[0][0] for state in model.states(x, n_loop)]   # N of (T, V)
     probability, guess = torch.stack(logits).float().softmax(-1).max(-1)
@@ -104,7 +106,7 @@ def show_loops(tokenizer, tokens, guess, probability):
             cells[first[t]] = f"\033[1;32m{cells[first[t]]}\033[0m"
         print(f"{token_name(tokenizer, token):<10}" + "".join(cells))
     equal = (guess == guess[-1]).sum(1).tolist()
-    print(f"equal to the final guess after each loop, of {T}: {' '.join(map(str, equal))}")
+    print(f"guesses equal to the last loop's, of {T}, by loop: {' '.join(map(str, equal))}")
 
 
 def token_name(tokenizer, token):
@@ -127,12 +129,12 @@ def load_model(args, device):
     return model.eval(), tokenizer
 
 
-def write_sample(model, tokenizer, idx, args, room):
+def write_sample(model, tokenizer, idx, args, max_new):
     """Print a text as it is drawn, and its speed. Return its tokens with the prompt: (1, T)."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character can be several tokens
     taken, tokens, began = [], [idx], time.perf_counter()
     forward = None if args.exit_kl is None else partial(exit_early, model, args.exit_kl, taken)
-    for token in generate(model, idx, room, args.temperature, args.top_k, args.n_loop, forward):
+    for token in generate(model, idx, max_new, args.temperature, args.top_k, args.n_loop, forward):
         tokens.append(token)
         if token.item() == tokenizer.eot_token:
             break
@@ -159,15 +161,15 @@ def main():
     if len(ids) > block_size:
         sys.exit(f"the prompt has {len(ids)} tokens, the model sees {block_size}: shorten it")
     idx = torch.tensor([ids], device=device)    # (1, T)
-    room = args.max_new_tokens
+    max_new = args.max_new_tokens
     if args.show_loops:
-        room = min(room, block_size + 1 - len(ids))  # all of it in one context
+        max_new = min(max_new, block_size + 1 - len(ids))  # all of it in one context
     torch.manual_seed(args.seed)
     for i in range(args.num_samples):
         if i > 0:
             print("-" * 80)
         print(args.prompt, end="", flush=True)
-        tokens = write_sample(model, tokenizer, idx, args, room)
+        tokens = write_sample(model, tokenizer, idx, args, max_new)
         if args.show_loops:
             guess, probability = best_guesses(model, tokens, args.n_loop)
             show_loops(tokenizer, tokens[0, 1:].tolist(), guess, probability)

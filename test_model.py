@@ -612,11 +612,6 @@ def test_safetensors_are_read_as_their_library_does(tmp_path):
     for tensors in (read_safetensors(path), load_file(path)):
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
-    for size in (4, 100, path.stat().st_size - 1):     # a damaged file is not read in silence
-        os.truncate(path, size)
-        with pytest.raises((ValueError, RuntimeError)):
-            read_safetensors(path)
-        save_file(expected, path)
 
 
 def test_checkpoints_come_back(tmp_path):
@@ -825,9 +820,6 @@ def test_a_run_learns_and_reports(tiny_data, whole_run):
     assert result["params"] == sum(p.numel() for p in model.parameters())
     assert result["flops"] == flops_per_token(model.config, 1.5) * 300 * 64
     assert result["gates"] == model.gates.mean(-1).tolist() and model.gates.std() > 0.01
-    out = finish("bench.py", "loops", "--out_dir=whole", cwd=tiny_data)
-    rows = [line.split() for line in out.splitlines()[1:]]
-    assert [float(row[1]) for row in rows] == pytest.approx(losses, abs=1e-4)
 
 
 def assert_same_models(a, b):
@@ -906,18 +898,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_data):
     assert "smaller --learning_rate" in err and len(err.splitlines()) == 1
     assert json.loads(out.splitlines()[-1])["val_loss"] is None
     assert not (tiny_data / "diverged" / "ckpt.pt").exists()
-
-
-def test_a_forker_s_error_keeps_its_traceback(tiny_data):
-    (tiny_data / "fork.txt").write_text("""
-import model, train
-def forward(self, x):
-    raise ValueError("mine")
-model.MLP.forward = forward
-train.main()
-""")
-    err = finish("fork.txt", "--out_dir=fork", cwd=tiny_data, code=1)
-    assert "Traceback" in err and err.endswith("ValueError: mine\n")
 
 
 def write_noise(folder):
@@ -1078,7 +1058,7 @@ def test_the_loops_are_shown(tiny_data, whole_run):
     lines = finish("sample.py", *command, "--show_loops", cwd=tiny_data).splitlines()
     lines = lines[-18:]  # a context of 16, one guess for each
     assert "loop 4" in lines[0] and lines[1].startswith("' ' ")
-    assert re.fullmatch(r"equal to the final guess after each loop, of 16: (\d+ ){3}16", lines[-1])
+    assert re.fullmatch(r"guesses equal to the last loop's, of 16, by loop: (\d+ ){3}16", lines[-1])
     assert all(len(re.findall(r" +\d+%", line)) == 4 for line in lines[1:-1])
     process = start("sample.py", *command, "--exit_kl=0.01", cwd=tiny_data)
     _, err = process.communicate(timeout=60)
@@ -1203,7 +1183,8 @@ def test_compare_tunes_each_model_and_says_what_diverged(tiny_data, tmp_path, mo
 MISTAKES = [
     (prepare, "nowhere", "neither a file nor a folder"),
     (prepare, "binary", "no text in UTF-8"),
-    (prepare, "short.txt --data_dir=new", "too little text"),
+    (prepare, "short.txt", "too little text"),
+    (prepare, "empty", "too little text"),
     (prepare, "openwebtext --shards=22", "invalid choice"),
     (prepare, "shakespeare", "without a network use python prepare.py"),
     (prepare, "openwebtext", "python prepare.py --tokenizer=byte"),
@@ -1216,7 +1197,8 @@ MISTAKES = [
     (train, "--n_embd=30 --n_head=4", "n_embd=30 must be a multiple of n_head=4"),
     (train, "--dropout=1", "dropout=1.0"),
     (train, "--n_loop=2 --n_loop_min=3", "--n_loop_min=3 must not be above --n_loop=2"),
-    (train, "--score_after=->", "'->' is 2 byte tokens"),
+    (train, "--score_after=->", "'->' is not one byte token"),
+    (train, "--score_after=~", "'~' is not one byte token that data/val.bin has"),
     (train, "--data_dir=none", "no data in none: run python prepare.py --data_dir=none"),
     (train, "--preset=arrows", "no data in data-arrows: run python prepare.py arrows"),
     (train, "--block_size=99999999", "use a smaller --block_size"),
@@ -1233,6 +1215,7 @@ MISTAKES = [
     (sample, "--exit_kl=1 --show_loops", "leave out --exit_kl"),
     (bench, "nonsense", "has no command nonsense"),
     (bench, "loops --out_dir=none", "no checkpoint none/ckpt.pt: train one"),
+    (bench, "loops --out_dir=whole", "train.py prints the loss after each loop"),
 ]
 
 
@@ -1240,6 +1223,7 @@ MISTAKES = [
 def mistaken(tiny_data, whole_run):
     (tiny_data / "binary").write_bytes(b"text, then\0\x01\x02")
     (tiny_data / "short.txt").write_text("x")
+    (tiny_data / "empty").mkdir()
     (tiny_data / "other.txt").write_text("other data " * 100)
     finish("prepare.py", "other.txt", "--data_dir=other", cwd=tiny_data)
     return tiny_data

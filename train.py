@@ -42,7 +42,7 @@ PRESETS = {
     "gpt2-81m-loop": dict(n_layer=6, n_loop=6, **RECIPE),
     "gpt2-45m": dict(n_layer=1, n_loop=1, **RECIPE),
     "gpt2-45m-loop": dict(n_layer=1, n_loop=2, **RECIPE),
-    # a document of the puzzle has 69 tokens with its end; all but the answers is random
+    # a document of the puzzle has 69 tokens with its end; only the answers can be predicted
     "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=6, n_loop_min=1, n_head=4,
                    block_size=68, stride=69, score_after=">", batch_size=16, max_steps=8000,
                    learning_rate=4e-3),
@@ -133,22 +133,24 @@ def get_args(argv=None):
     A preset, a pretrained model and a checkpoint set the defaults of flags.
     """
     parser = make_flags()
+    preset = parser.parse_args(argv).preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args(argv)
-    if args.preset:
-        parser.set_defaults(**PRESETS[args.preset])
-        args = parser.parse_args(argv)
     loaded, fixed, source = None, {}, args.init_from
     if args.init_from:
-        loaded = fixed, _ = read_gpt2(find_gpt2(args.init_from))
+        loaded = read_gpt2(find_gpt2(args.init_from))
+        fixed = loaded[0]
         parser.set_defaults(**fixed, optimizer="adamw", learning_rate=3e-5)
     if args.resume:
-        loaded = _, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt")
+        loaded = load_checkpoint(Path(args.out_dir) / "ckpt.pt")
+        state = loaded[1]
         parser.set_defaults(**state["args"] | {"out_dir": args.out_dir})  # it may have moved
         fixed = {name: x for name, x in state["args"].items() if name not in MAY_CHANGE}
         source = "the checkpoint"
     args = parser.parse_args(argv)
     for name, value in fixed.items():
         ours = getattr(args, name)
+        # a pretrained model's context may be cut
         shorter = name == "block_size" and not args.resume and ours < value
         if ours != value and not shorter:
             parser.error(f"--{name}={ours} does not fit {source}, which has {value}: leave it out")
@@ -207,9 +209,9 @@ def get_lr(args, step):
 def inputs_and_targets(rows, score_token, device):
     """Windows (n, T + 1) -> tokens and targets on the device, (n, T) each.
 
-    With a score_token, only the targets that follow one count. The others are -1.
+    With a score_token, targets that do not directly follow one are -1: the loss ignores them.
     """
-    if device.type == "cuda":  # from pinned memory the copy waits for nothing
+    if device.type == "cuda":  # the CPU need not wait for a copy from pinned memory
         rows = rows.pin_memory()
     rows = rows.to(device, non_blocking=True)
     x, y = rows[:, :-1], rows[:, 1:]
@@ -244,7 +246,8 @@ def evaluate(model, data, args, score_token, device, rank=0, world=1):
     count = min(args.eval_iters * args.batch_size, (len(data) - 1) // T)
     starts = np.linspace(0, len(data) - 1 - T, count).astype(int)[rank::world]
     starts -= starts % args.stride
-    sums = torch.zeros(model.config.n_loop + 1, dtype=torch.float64)  # of losses, and of targets
+    # the sum of the losses after each loop, and then the number of targets
+    sums = torch.zeros(model.config.n_loop + 1, dtype=torch.float64)
     model.eval()
     for i in range(0, len(starts), args.batch_size):
         rows = windows(data, starts[i:i + args.batch_size], T)
@@ -299,15 +302,13 @@ def orthogonal(g):
     A Newton-Schulz iteration: x -> 3.4445 x - 4.775 (x x') x + 2.0315 (x x')^2 x, where x' is the
     transpose, acts on the singular values alone, and drives all between 0 and 1 towards 1.
     """
-    x = g.bfloat16() if g.is_cuda else g
     if g.size(0) > g.size(1):
-        x = x.T     # so that x x' is the smaller product
+        return orthogonal(g.T).T    # so that x x' is the smaller product
+    x = g.bfloat16() if g.is_cuda else g
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         a = x @ x.T
         x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
-    if g.size(0) > g.size(1):
-        x = x.T
     return x.to(g.dtype)
 
 
@@ -333,8 +334,10 @@ def configure_optimizers(model, args):
 
 def set_up(model, args, device):
     """Set compilation, recomputation and precision. Return (autocast, whether it is bfloat16)."""
-    torch.set_float32_matmul_precision("highest" if args.dtype == "float32" else "high")  # TF32
+    # high: TF32, on a GPU that has it
+    torch.set_float32_matmul_precision("highest" if args.dtype == "float32" else "high")
     on_cuda = device.type == "cuda"
+    # torch.compile needs triton for a GPU, and triton needs a C compiler
     can_compile = find_spec("triton") and (shutil.which(os.environ.get("CC", "gcc"))
                                            or shutil.which("clang"))
     if args.compile or (args.compile is None and on_cuda and can_compile):
@@ -348,56 +351,47 @@ def set_up(model, args, device):
 def compile_blocks(model, **options):
     """Compile each block and the head, which do nearly all the work.
 
-    One block's code serves every block at every loop: 6 blocks x 6 start as fast as 6, and a change
-    of n_loop compiles nothing. In the compiled head the softmax (B, T, V) never exists in full.
+    One block's code serves every block at every loop: 6 blocks looped 6 times compile as fast as 6
+    blocks, and another n_loop compiles nothing. In the compiled head the softmax (B, T, V) never
+    exists in full.
     """
     for block in model.h:
         block.compile(**options)
     model.head = torch.compile(model.head, **options)
 
 
-def peak_flops(device):
-    """Dense bf16 operations per second that the maker states, or None for a device not listed."""
-    peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12, "A100-SXM4-40GB": 312e12,
-             "A100-SXM4-80GB": 312e12, "L40S": 362e12, "L4": 121e12, "GeForce RTX 4090": 165e12}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return peaks.get(name.removeprefix("NVIDIA "))
-
-
 # ---- mistakes ----
 
-def check(args, train_data, val_data, meta, world):
-    """Exit in one line if flags, data and processes do not fit together."""
+def check(args, train_data, val_data, meta, world, loaded):
+    """Exit in one line if flags, data, processes and a checkpoint do not fit together."""
     if min(len(train_data), len(val_data)) <= args.block_size:
         sys.exit(f"{args.data_dir} is too short for block_size={args.block_size}: "
                  "use a smaller --block_size, or run python prepare.py on more text")
-    for_gpt2 = args.init_from or args.preset
-    if for_gpt2 and for_gpt2 != "arrows" and meta["tokenizer"] != "gpt2":
-        sys.exit(f"{args.data_dir} has {meta['tokenizer']} tokens, {for_gpt2} needs GPT-2's: run "
+    source = args.init_from or args.preset
+    if source not in (None, "arrows") and meta["tokenizer"] != "gpt2":
+        sys.exit(f"{args.data_dir} has {meta['tokenizer']} tokens, {source} needs GPT-2's: run "
                  "python prepare.py openwebtext, or another text with --tokenizer=gpt2")
     if args.batch_size * args.gradient_accumulation_steps % world:
         sys.exit(f"{world} processes cannot share the sequences of a step equally: "
                  "change --batch_size or --gradient_accumulation_steps")
+    if args.resume:
+        _, state = loaded
+        data = state["data"]
+        if any(data[split] != meta[split] for split in ("train", "val")):
+            sys.exit(f"{args.data_dir} is not the data of the checkpoint, {data['dataset']} in "
+                     f"{data['tokenizer']} tokens: give its --data_dir, or start anew")
+        if state["step"] > args.max_steps:
+            sys.exit(f"the checkpoint has {state['step']} steps: give more --max_steps")
 
 
-def check_resumed(args, meta, state):
-    """Exit in one line if a checkpoint is not of this data, or beyond the last step."""
-    data = state["data"]
-    if any(data[split] != meta[split] for split in ("train", "val")):
-        sys.exit(f"{args.data_dir} is not the data of the checkpoint, {data['dataset']} in "
-                 f"{data['tokenizer']} tokens: give its --data_dir, or start anew")
-    if state["step"] > args.max_steps:
-        sys.exit(f"the checkpoint has {state['step']} steps: give more --max_steps")
-
-
-def get_score_token(args, meta):
-    """The token that --score_after names, or None. Exits if the text is not a single token."""
+def get_score_token(args, meta, val_data):
+    """The token that --score_after names, or None. Exits if it is not one token of the data."""
     if args.score_after is None:
         return None
     ids = get_tokenizer(meta["tokenizer"]).encode_ordinary(args.score_after)
-    if len(ids) != 1:
-        sys.exit(f"--score_after={args.score_after!r} is {len(ids)} {meta['tokenizer']} tokens: "
-                 "give a text that is one")
+    if len(ids) != 1 or ids[0] not in val_data:
+        sys.exit(f"--score_after={args.score_after!r} is not one {meta['tokenizer']} token that "
+                 f"{args.data_dir}/val.bin has: name another")
     return ids[0]
 
 
@@ -412,13 +406,11 @@ def check_finite(step, value, rank):
 
 # ---- the training ----
 
-def progress(args, step, loss, norm, lr, speed, mfu, step_tokens):
+def progress(loss, norm, lr, speed, tokens_left):
     """The part of a line that says how the training goes; speed is in tokens per second."""
-    left = timedelta(seconds=int((args.max_steps - step) * step_tokens / speed))
-    line = f" | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {speed:,.0f} tokens/s"
-    if mfu is not None:
-        line += f" | MFU {mfu:.1%}"
-    return f"{line} | {left} left"
+    left = timedelta(seconds=int(tokens_left / speed))
+    return (f" | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {speed:,.0f} tokens/s"
+            f" | {left} left")
 
 
 def keep_old(path):
@@ -441,8 +433,8 @@ def train(args, loaded=None):
 
     # the data and the cost
     train_data, val_data, meta = load_data(args.data_dir)
-    check(args, train_data, val_data, meta, world)
-    score_token = get_score_token(args, meta)
+    check(args, train_data, val_data, meta, world, loaded)
+    score_token = get_score_token(args, meta, val_data)
     c = get_config(args, meta["vocab_size"])
     mean_n_loop = ((args.n_loop_min or args.n_loop) + args.n_loop) / 2
     flops = flops_per_token(c, mean_n_loop)
@@ -456,7 +448,6 @@ def train(args, loaded=None):
     start, seconds = 0, 0.0
     if args.resume:
         model, state = loaded
-        check_resumed(args, meta, state)
         start, seconds = state["step"], state["seconds"]
     elif args.init_from:
         model = from_pretrained(*loaded, **asdict(c))
@@ -475,7 +466,6 @@ def train(args, loaded=None):
 
     # what is reported
     params = sum(p.numel() for p in model.parameters())
-    peak = peak_flops(device) if bf16 else None
     if rank == 0:
         print(f"n_layer={c.n_layer}, h[{c.loop_start}:{c.loop_end}] x {c.n_loop} ({c.residual}), "
               f"{params:,} parameters, {flops / 1e6:.1f} MFLOPs per token\n"
@@ -499,8 +489,8 @@ def train(args, loaded=None):
             train_loss, grad_norm = mean_over_processes(torch.stack((loss, norm))).tolist()
             check_finite(step, train_loss + grad_norm, rank)
             speed = (step - interval_step) * step_tokens / (time.perf_counter() - interval_began)
-            mfu = flops * speed / (peak * world) if peak else None
-            line += progress(args, step, train_loss, grad_norm, lr, speed, mfu, step_tokens)
+            tokens_left = (args.max_steps - step) * step_tokens
+            line += progress(train_loss, grad_norm, lr, speed, tokens_left)
         if evaluating:
             with autocast:
                 loop_losses = evaluate(model, val_data, args, score_token, device, rank, world)
@@ -511,6 +501,7 @@ def train(args, loaded=None):
                 line += ", after each loop " + " ".join(f"{value:.3f}" for value in loop_losses)
         if logging and rank == 0:
             print(line, flush=True)
+        # the first step has nothing new, but every run ends with a checkpoint
         if evaluating and rank == 0 and (step > start or last):
             states = [optimizer.state_dict() for optimizer in optimizers]
             save_checkpoint(out / "ckpt.pt", model, step=step, args=vars(args), data=meta,
@@ -551,8 +542,8 @@ def main():
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) > 0:
             sys.exit(1)  # the first process prints the message
-        sys.exit("stopped; go on from the last checkpoint with "
-                 f"python train.py --resume --out_dir={args.out_dir}")
+        sys.exit(f"stopped; python train.py --resume --out_dir={args.out_dir} "
+                 "goes on from the last checkpoint, if there is one")
 
 
 if __name__ == "__main__":
