@@ -13,7 +13,7 @@ tokens per second.
 
 compare gives every model the same data, with the same seed in the same order, and the same
 evaluation. --sweep finds each its own learning rate: it tries rates a factor of two apart, with
-seed 0, until the best lies between two others, in at most 14 trials. results/WHAT.json records all
+seed 0, until the best lies between two others, in at most 12 trials. results/WHAT.json records all
 trials. A finished run in out-compare/ is not repeated, an interrupted one goes on.
 """
 import hashlib
@@ -299,10 +299,10 @@ EXPERIMENTS = {     # {label: flags of train.py}
     },
     "arrows": {     # the puzzle, and its controls with equal compute
         "loops drawn from 1 to 6": "--preset=arrows",
-        "no gate": "--preset=arrows --residual=sum",
         "always six loops": f"--preset=arrows --n_loop_min=6 {AS_ARROWS}",
         "one forward pass": f"--preset=arrows --n_loop=1 --n_loop_min=1 {AS_ARROWS}",
         "six blocks": f"--preset=arrows --n_layer=6 --n_loop=1 --n_loop_min=1 {AS_ARROWS}",
+        "with a gate": "--preset=arrows --residual=gated",
     },
 }
 
@@ -362,8 +362,7 @@ def study(data_sha256, seeds, sweep, model):
         untried = [rate for rate in (best, best / 2, best * 2) if rate not in trials]
         if not untried:
             break
-        for rate in untried:
-            trials[rate] = train_at(rate, 0)["val_loss"]
+        trials[untried[0]] = train_at(untried[0], 0)["val_loss"]
         finite = [rate for rate in trials if trials[rate] is not None]
         best = min(finite, key=trials.get) if finite else min(trials)
     runs = [train_at(best, seed) for seed in range(seeds)]
