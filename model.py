@@ -80,9 +80,10 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)       # (B, T, 3, nh, hs) -> 3 of (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.update(slot, k, v)         # (B, nh, S, hs), the S >= T positions so far
+            # a KVCache, below: its slot (loop, block) has all S >= T positions, (B, nh, S, hs)
+            k, v = cache.update(slot, k, v)
         dropout = self.dropout if self.training else 0.0
-        # several positions come first in the cache, so a causal mask fits; a single one sees all S
+        # T > 1 comes with no cache or an empty one: S = T, so a causal mask fits. One sees all S
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)     # (B, nh, T, hs) -> (B, T, C), heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -187,11 +188,11 @@ class GPT(nn.Module):
     def loop(self, x, group, n, N, cache=None):
         """Loop n of N, counted from 0, through a group of blocks: (B, T, C) -> (B, T, C).
 
-        The blocks of the group compute stack(x) = x + g(x). arXiv 2409.14199 leaves open whether
-        its f is g or stack. In gated, sum and mean it is g, in outer it is stack.
+        The group computes blocks(x) = x + g(x). arXiv 2409.14199 leaves open whether its f is g or
+        blocks. In gated, sum and mean it is g, in outer it is blocks.
         """
         start, end = self.groups[group]
-        y = self.blocks(start, end, x, cache, n)    # stack(x)
+        y = self.blocks(start, end, x, cache, n)    # blocks(x) = x + g(x)
         if self.gates is not None:                  # gated: x + a * g(x)
             last = self.gates.size(1) - 1           # extra loops use the last gate again
             a = self.gates[group, min(n, last)]     # (C,)
@@ -199,7 +200,7 @@ class GPT(nn.Module):
         if self.config.residual == "mean":
             return x.lerp(y, 1 / N)                 # x + g(x) / N
         if self.config.residual == "outer":
-            return x + y                            # x + stack(x)
+            return x + y                            # x + blocks(x)
         return y                                    # sum, or gated with one loop: x + g(x)
 
     def blocks(self, start, end, x, cache=None, n=0):
@@ -266,7 +267,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=Non
 
     The model sees its last block_size tokens. GPT-2's positions are absolute: once the window
     slides, every token in it has a new position, so nothing can be cached and a token costs the
-    whole window. Until then, forward is called in place of the model: sample.py's may skip loops.
+    whole window. Until then, forward replaces the model if given: sample.py's exits early.
     """
     block_size = model.config.block_size
     forward = forward or model

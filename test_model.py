@@ -1078,7 +1078,7 @@ MISTAKES = [
     (train, "--resume", "no checkpoint out/ckpt.pt: train one with python train.py"),
     (train, "--resume --out_dir=whole --n_embd=32", "--n_embd=32 does not fit the checkpoint"),
     (train, "--resume --out_dir=whole --learning_rate=1", "--learning_rate=1.0 does not fit"),
-    (train, "--resume --out_dir=whole --max_steps=10", "give more --max_steps"),
+    (train, "--resume --out_dir=whole --target_flops=1", "300 steps: give more --max_steps"),
     (train, "--resume --out_dir=whole --data_dir=other", "not the data of the checkpoint"),
     (sample, "--out_dir=whole --prompt=xxxxxxxxxxxxxxxxx", "17 tokens, the model sees 16"),
     (sample, "--exit_kl=1 --show_loops", "leave out --exit_kl"),

@@ -42,8 +42,8 @@ PRESETS = {
     "gpt2-81m-loop": dict(n_layer=6, n_loop=6, **RECIPE),
     "gpt2-45m": dict(n_layer=1, n_loop=1, **RECIPE),
     "gpt2-45m-loop": dict(n_layer=1, n_loop=2, **RECIPE),
-    # A document of the puzzle has 69 tokens with its end. Only the answers can be predicted. Without
-    # the gate (sum) the loops go further beyond the training, see results/README.md.
+    # A document of the puzzle has 69 tokens with its end, and only the answers can be predicted.
+    # Without the gate (sum) it answers more of the questions that are longer than in training.
     "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=6, n_loop_min=1,
                    residual="sum", n_head=4, block_size=68, stride=69, score_after=">",
                    batch_size=16, max_steps=8000, learning_rate=4e-3),
@@ -145,7 +145,7 @@ def get_args(argv=None):
     if args.resume:
         loaded = load_checkpoint(Path(args.out_dir) / "ckpt.pt")
         state = loaded[1]
-        parser.set_defaults(**state["args"] | {"out_dir": args.out_dir})  # it may have moved
+        parser.set_defaults(**(state["args"] | {"out_dir": args.out_dir}))  # it may have moved
         fixed = {name: x for name, x in state["args"].items() if name not in MAY_CHANGE}
         source = "the checkpoint"
     args = parser.parse_args(argv)
@@ -224,6 +224,7 @@ def inputs_and_targets(rows, score_token, device):
 def train_step(net, optimizers, x, y, args, autocast, n_loop=None):
     """One update on x and y (n, T), in parts of batch_size: the loss and the gradient's norm."""
     loss = torch.zeros((), device=x.device)
+    # the mean over processes, as DDP takes it of the gradients
     counted = mean_over_processes((y >= 0).sum().float()).clamp(min=1e-6)   # not 0 / 0
     for i in range(0, len(x), args.batch_size):
         part_x, part_y = x[i:i + args.batch_size], y[i:i + args.batch_size]
@@ -316,8 +317,8 @@ def orthogonal(g):
 def configure_optimizers(model, args):
     """Return a list of optimizers: AdamW; or Muon for the blocks' matrices and AdamW for the rest.
 
-    Weight decay is for matrices only, not for biases, norms and gates. What a c_proj adds to the
-    state, N loops add N times. So it moves 1/N as fast as the other matrices.
+    Weight decay is for matrices only, not for biases, norms and gates. The output of a c_proj is
+    added to the state once a loop, N times in all. So it moves 1/N as fast as the other matrices.
     """
     matrices = {name: p for name, p in model.h.named_parameters() if p.dim() == 2}
     adding = [p for name, p in matrices.items() if name.endswith("c_proj.weight")]
@@ -381,8 +382,6 @@ def check(args, train_data, val_data, meta, world, loaded):
         if any(data[split] != meta[split] for split in ("train", "val")):
             sys.exit(f"{args.data_dir} is not the data of the checkpoint, {data['dataset']} in "
                      f"{data['tokenizer']} tokens: give its --data_dir, or start anew")
-        if state["step"] > args.max_steps:
-            sys.exit(f"the checkpoint has {state['step']} steps: give more --max_steps")
 
 
 def get_score_token(args, meta, val_data):
@@ -450,6 +449,8 @@ def train(args, loaded=None):
     if args.resume:
         model, state = loaded
         start, seconds = state["step"], state["seconds"]
+        if start > args.max_steps:
+            sys.exit(f"the checkpoint has {start} steps: give more --max_steps or --target_flops")
     elif args.init_from:
         model = from_pretrained(*loaded, **asdict(c))
     else:
