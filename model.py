@@ -83,7 +83,7 @@ class CausalSelfAttention(nn.Module):
             # a KVCache, below: its slot (loop, block) has all S >= T positions, (B, nh, S, hs)
             k, v = cache.update(slot, k, v)
         dropout = self.dropout if self.training else 0.0
-        # T > 1 comes with no cache or an empty one: S = T, so a causal mask fits. One sees all S
+        # T > 1 comes with no cache or an empty one: S = T, a causal mask fits. T = 1 needs no mask
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)     # (B, nh, T, hs) -> (B, T, C), heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)

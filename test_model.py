@@ -1036,7 +1036,7 @@ def test_compare_tunes_each_model_and_says_what_diverged(tiny_data, tmp_path, mo
     bench.compare([*command, "--learning_rate=8e-3", "--sweep"])
     out, path = capsys.readouterr().out, next((tmp_path / "results").glob("*8e-3.json"))
     models = json.loads(path.read_text())["models"]
-    assert [*models["1 loop"]["trials"]] == ["0.0005", "0.001", "0.002", "0.004", "0.008", "0.016"]
+    assert [*models["1 loop"]["trials"]] == ["0.0005", "0.001", "0.002", "0.004", "0.008"]
     assert models["2 loops"]["trials"] == {"0.004": 2, "0.008": 1, "0.016": 2}
     assert models["6 loops"]["trials"] == {"0.004": 2, "0.008": 1, "0.016": None}
     assert [*models["4 loops"]["trials"]][-2:] == ["0.064", "0.128"]

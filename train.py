@@ -225,7 +225,7 @@ def inputs_and_targets(rows, score_token, device):
 def train_step(net, optimizers, x, y, args, autocast, n_loop=None):
     """One update on x and y (n, T), in parts of batch_size: the loss and the gradient's norm."""
     loss = torch.zeros((), device=x.device)
-    # the mean over processes, as DDP takes it of the gradients
+    # targets per process on average: DDP averages gradients too, so all targets weigh the same
     counted = mean_over_processes((y >= 0).sum().float()).clamp(min=1e-6)   # not 0 / 0
     for i in range(0, len(x), args.batch_size):
         part_x, part_y = x[i:i + args.batch_size], y[i:i + args.batch_size]
@@ -260,6 +260,8 @@ def evaluate(model, data, args, score_token, device, rank=0, world=1):
         sums[-1] += counted
     model.train()
     sums = mean_over_processes(sums)
+    if not sums[-1]:
+        sys.exit(f"no validation target follows {args.score_after!r}: give more --eval_iters")
     return (sums[:-1] / sums[-1]).tolist()
 
 
@@ -429,6 +431,7 @@ def train(args, loaded=None):
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
             sys.exit(f"more processes than the {torch.cuda.device_count()} GPUs: use as many")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        args.device = "cuda"    # the device just set, whatever --device says
     device = pick_device(args.device)
     out = Path(args.out_dir)
 
