@@ -13,8 +13,9 @@ tokens per second.
 
 compare gives every model the same data, with the same seed in the same order, and the same
 evaluation. --sweep finds each its own learning rate: it tries rates a factor of two apart, with
-seed 0, until the best lies between two others, in at most 12 trials. results/WHAT.json records all
-trials. A finished run in out-compare/ is not repeated, an interrupted one goes on.
+seed 0, until the best lies between two others, in at most 12 trials. The best has the lowest
+validation loss; for the puzzle, the fewest wrong answers of 0 to 9 steps. results/WHAT.json records
+all trials. A finished run in out-compare/ is not repeated, an interrupted one goes on.
 """
 import hashlib
 import json
@@ -157,14 +158,11 @@ def loops(flags):
         sys.exit(f"{args.out_dir} is not of the puzzle: there, train.py prints the loss after each "
                  "loop, and sample.py --show_loops the guesses")
     table, used = right_answers(model, n_loop=16), loops_to_settle(model)
-    print("right answers in %, by the steps from the question to its answer (training: 0 to 4)")
-    print(f"after loop {' '.join(f'{steps:5}' for steps in range(10))}")
-    for n, row in enumerate(table, start=1):
-        print(f"{n:10} {' '.join(f'{share:5.1%}' for share in row)}")
+    print_answers({f"after loop {n}": row for n, row in enumerate(table, start=1)})
     print(f"loops that --exit_kl=0.01 takes, of {model.config.n_loop}:")
-    print(f"{'':10} {' '.join(f'{n:5.2f}' for n in used)}")
-    path = Path(args.out_dir) / "loops.png"
-    draw_answers(path, table, model.config.n_loop, {"a blind guess": BLIND})
+    print(f"{'':<26} {' '.join(f'{n:5.2f}' for n in used)}")
+    others = {"a blind guess": BLIND}
+    save_picture(Path(args.out_dir) / "loops.png", draw_answers, table, model.config.n_loop, others)
 
 
 BLIND = [1 / 4] * 5 + [1 / 2] * 5   # of right answers, by naming any of the 4 or 2 ends
@@ -225,14 +223,18 @@ def loops_to_settle(model, exit_kl=0.01, count=50):
     return [used[steps == number].mean().item() for number in range(5)]
 
 
-def draw_answers(path, table, trained_loops, others):
+def print_answers(rows):
+    """Print rows of right_answers, {label: row (10,)}."""
+    print("right answers in %, by the steps from the question to its answer (training: 0 to 4)")
+    print(f"{'':<26} {' '.join(f'{steps:5}' for steps in range(10))}")
+    for label, row in rows.items():
+        print(f"{label:<26} {' '.join(f'{share:5.1%}' for share in row)}")
+
+
+def draw_answers(axes, table, trained_loops, others):
     """Draw right_answers after loop 1 to 12, and below them the others, {label: row (10,)}."""
-    if Figure is None:
-        print(f"no picture {path}: pip install matplotlib")
-        return
     rows = [*table[:12], [math.nan] * 10, *others.values()]
-    figure = Figure(figsize=(8, 0.9 + 0.32 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    axes.figure.set_size_inches(8, 0.9 + 0.32 * len(rows))
     axes.imshow(rows, aspect="auto", cmap="YlGnBu", vmin=0, vmax=1.1)
     for n, row in enumerate(rows):
         for steps, share in enumerate(row):
@@ -248,8 +250,6 @@ def draw_answers(path, table, trained_loops, others):
     axes.set(xlabel="steps from the question to its answer",
              title=f"right answers in %; training ended at the red lines, 4 steps, "
                    f"{trained_loops} loops")
-    figure.savefig(path, dpi=100)
-    print(f"written: {path}")
 
 
 # ---- compare: models trained side by side ----
@@ -270,6 +270,9 @@ EXPERIMENTS = {     # {label: flags of train.py}
     "compute": {    # five budgets
         f"{n} x, {flops} FLOPs": f"{NARROW} --n_loop={n} --target_flops={flops}"
         for flops in ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12") for n in (1, 2, 4, 6)
+    },
+    "compute-largest": {    # the last budget, for more seeds
+        f"{n} x, 6.9e12 FLOPs": f"{NARROW} --n_loop={n} --target_flops=6.9e12" for n in (1, 2, 4, 6)
     },
     "variants": {
         f"{residual}, {optimizer}": f"--n_loop=6 --residual={residual} --optimizer={optimizer}"
@@ -326,9 +329,23 @@ def train_run(label, flags, data_sha256, rate, seed):
         for checkpoint in folder.glob("*.pt"):
             checkpoint.unlink()  # large, and no longer needed
     result = json.loads(path.read_text())
-    outcome = "diverged" if result["val_loss"] is None else f"{result['val_loss']:.4f}"
+    outcome = "diverged" if result["val_loss"] is None else f"{score(result):.4f}"
     print(f"{label:<26} rate {rate:g}, seed {seed}: {outcome}", flush=True)
     return result
+
+
+def at_the_end(table):
+    """The row of right_answers that a model is judged by: after loop 8, or fewer if it has fewer."""
+    return table[:8][-1]
+
+
+def score(run):
+    """What decides between learning rates, less is better: None if the run diverged.
+
+    The puzzle's validation loss would not do. It is of 0 to 4 steps, which are nearly all right at
+    several rates. So there it is the share of wrong answers of 0 to 9 steps.
+    """
+    return 1 - np.mean(at_the_end(run["right"])) if "right" in run else run["val_loss"]
 
 
 def run_train_py(flags, folder, device):
@@ -356,12 +373,12 @@ def study(data_sha256, seeds, sweep, model):
     label, flags = model
     train_at = partial(train_run, label, flags, data_sha256)
     best = train.get_args(flags)[0].learning_rate
-    trials = {}  # {rate: loss at seed 0, None if it diverged}
+    trials = {}  # {rate: score at seed 0, None if it diverged}
     while sweep and len(trials) < 12:  # a limit, if all diverge
         untried = [rate for rate in (best, best / 2, best * 2) if rate not in trials]
         if not untried:
             break
-        trials[untried[0]] = train_at(untried[0], 0)["val_loss"]
+        trials[untried[0]] = score(train_at(untried[0], 0))
         finite = [rate for rate in trials if trials[rate] is not None]
         best = min(finite, key=trials.get) if finite else min(trials)
     runs = [train_at(best, seed) for seed in range(seeds)]
@@ -389,8 +406,9 @@ def compare(flags):
     with ThreadPoolExecutor(workers) as pool:
         rows = dict(zip(models, pool.map(work, models.items()), strict=True))
 
-    name = "-".join([args.what, *(flag.lstrip("-").replace("/", "_") for flag in extra)])
-    path = Path("results") / f"{name}.json"
+    seeds = [] if args.seeds == parser.get_default("seeds") else [f"seeds={args.seeds}"]
+    parts = [args.what, *seeds, *(flag.lstrip("-").replace("/", "_") for flag in extra)]
+    path = Path("results") / f"{'-'.join(parts)}.json"
     path.parent.mkdir(exist_ok=True)
     setting = (f"{meta['dataset']}, {meta['train']['tokens']:,} {meta['tokenizer']} tokens; "
                f"{workers} x {device_name(device)}, torch {torch.__version__}")
@@ -398,23 +416,34 @@ def compare(flags):
                                 "data": meta, "models": rows}, indent=1) + "\n")
     print_table(setting, rows)
     print(f"written: {path}")
+    rows = {label: row for label, row in rows.items() if finished(row)}
+    gated = {label: row for label, row in rows.items() if finished(row)[0]["gates"]}
+    picture = path.with_suffix(".png")
     if base.preset == "arrows":
-        tables = {label: np.mean([run["right"] for run in row["runs"] if "right" in run], axis=0)
-                  for label, row in rows.items() if row["mean"] is not None}
-        ours = tables.pop(next(iter(rows)))
-        # of the controls, only what they answer at the end: after their sixth loop, or the only one
-        others = {label: table[:6][-1] for label, table in tables.items()}
+        tables = {label: np.mean([run["right"] for run in finished(row)], axis=0)
+                  for label, row in rows.items()}
+        others = {label: at_the_end(table) for label, table in tables.items()}
+        print_answers(others)
+        ours = next(iter(rows))
+        del others[ours]    # the picture has all its loops
         others["a blind guess"] = BLIND
-        draw_answers(path.with_suffix(".png"), ours, base.n_loop, others)
-    else:
-        plot(rows, setting, path.with_suffix(".png"))
+        save_picture(picture, draw_answers, tables[ours], base.n_loop, others)
+    elif args.what.startswith("compute"):
+        save_picture(picture, draw_differences, rows)
+    elif gated:
+        save_picture(picture, draw_gates, gated)
+
+
+def finished(row):
+    """The runs of a model that did not diverge."""
+    return [run for run in row["runs"] if run["val_loss"] is not None]
 
 
 def print_table(setting, rows):
     print(f"\n{setting}\n{'model':<26} {'params':>8} {'tokens':>8} {'/param':>6} {'TFLOPs':>9} "
           f"{'minutes':>7} {'rate':>7} {'val loss':>8} {'+-':>6}")
     for label, row in rows.items():
-        runs = [run for run in row["runs"] if run["val_loss"] is not None]
+        runs = finished(row)
         failed = len(row["runs"]) - len(runs)
         note = f"  {failed} diverged" if failed else ""
         if not runs:
@@ -427,27 +456,44 @@ def print_table(setting, rows):
               f"{row['mean']:8.4f} {row['spread']:6.4f}{note}")
 
 
-def plot(rows, title, path):
-    """Draw the mean loss of each model over its FLOPs, with the spread of its seeds."""
+def draw_differences(axes, rows):
+    """Draw each loss minus that of one loop with the same compute, the row before. Bars: spreads."""
+    lines = {}  # {n_loop: points}
+    for row in rows.values():
+        run = finished(row)[0]
+        n_loop = len(run["loop_losses"])
+        if n_loop == 1:
+            base, tokens_per_parameter = row["mean"], run["tokens"] / run["params"]
+        point = (tokens_per_parameter, row["mean"] - base, row["spread"])
+        lines.setdefault(n_loop, []).append(point)
+    for n_loop, points in lines.items():
+        x, y, spreads = zip(*points, strict=True)
+        axes.errorbar(x, y, spreads, fmt="o-", capsize=3, label=f"n_loop = {n_loop}")
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set(xscale="log", xlabel="tokens per parameter that one loop reads with this compute",
+             ylabel="validation loss minus that of one loop, nats",
+             title="below the black line, loops are the better use of the compute")
+    axes.legend()
+
+
+def draw_gates(axes, rows):
+    """Draw the learned gates over the loops: a colour for each model, a line for each seed."""
+    for i, (label, row) in enumerate(rows.items()):
+        lines = [gates for run in finished(row) for gates in run["gates"]]
+        for gates in lines:
+            name = label if gates is lines[0] else None     # one entry in the legend
+            axes.plot(range(1, len(gates) + 1), gates, "o-", color=f"C{i}", label=name)
+    axes.set(xlabel="loop", ylabel="gate, mean over the channels", title="the gates after training")
+    axes.legend()
+
+
+def save_picture(path, draw, *args):
+    """Write the picture that draw(axes, *args) draws, if matplotlib is installed."""
     if Figure is None:
         print(f"no picture {path}: pip install matplotlib")
         return
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    lines = {}  # {n_loop: points}
-    for label, row in rows.items():
-        if row["mean"] is not None:
-            run = next(run for run in row["runs"] if run["val_loss"] is not None)
-            point = (run["flops"], row["mean"], row["spread"])
-            lines.setdefault(len(run["loop_losses"]), []).append(point)
-            axes.annotate(label, point[:2], (4, 4), textcoords="offset points", fontsize=8)
-    for n_loop, points in sorted(lines.items()):
-        flops, means, spreads = zip(*sorted(points), strict=True)
-        axes.errorbar(flops, means, spreads, fmt="o-", capsize=3, label=f"n_loop = {n_loop}")
-    if lines:
-        axes.legend()
-    axes.set(xscale="log", xlabel="FLOPs of training", ylabel="validation loss, nats", title=title)
-    axes.grid(alpha=0.4)
+    draw(figure.subplots(), *args)
     figure.savefig(path, dpi=100)
     print(f"written: {path}")
 

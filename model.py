@@ -64,6 +64,11 @@ class GPTConfig:
         assert self.residual in RESIDUALS, self.residual
         assert self.loop_order in LOOP_ORDERS, self.loop_order
 
+    @property
+    def times_added(self):
+        """How many times what a looped block adds is added in all: with mean, 1/N of it N times."""
+        return 1 if self.residual == "mean" else self.n_loop
+
 
 class CausalSelfAttention(nn.Module):
     """(B, T, C) -> (B, T, C). Each position reads from itself and from those before it."""
@@ -134,7 +139,7 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 # what a block adds to x starts small: by 1/sqrt(2 * n_layer) as in GPT-2, and by
                 # 1/n_loop, since n_loop loops add it. Blocks outside the loop are treated alike.
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) / c.n_loop)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) / c.times_added)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):

@@ -64,8 +64,10 @@ def exit_early(model, exit_kl, taken, idx, n_loop=None, cache=None):
         # (1, 1, V); the blocks after the loop overwrite their keys and values each time
         logits, _ = model.predict(x, cache=cache)
         log_p = logits.float().log_softmax(-1)
-        if n > 0 and F.kl_div(last_log_p, log_p, reduction="sum", log_target=True) < exit_kl:
-            break
+        if n > 0:
+            kl = F.kl_div(last_log_p, log_p, reduction="sum", log_target=True)
+            if kl.clamp(min=0) < exit_kl:   # rounding can make it negative
+                break
         last_log_p = log_p
     taken.append(n + 1)
     for i in range(*model.groups[-1]):

@@ -682,8 +682,9 @@ def test_muon_is_torch_s_within_the_rounding_of_bfloat16(shape):
 
 
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
-def test_every_parameter_has_one_optimizer_its_decay_and_its_rate(optimizer):
-    model = GPT(GPTConfig(16, 50, 2, 2, 32, n_loop=2))
+@pytest.mark.parametrize(("residual", "times"), [("gated", 2), ("sum", 2), ("mean", 1)])
+def test_every_parameter_has_one_optimizer_its_decay_and_its_rate(optimizer, residual, times):
+    model = GPT(GPTConfig(16, 50, 2, 2, 32, n_loop=2, residual=residual))
     names = {p: name for name, p in model.named_parameters()}
     found = [(names[p], type(each) is train.Muon, group["weight_decay"], group.get("lr_scale", 1))
              for each in train.configure_optimizers(model, get_args([f"--optimizer={optimizer}"]))
@@ -692,10 +693,11 @@ def test_every_parameter_has_one_optimizer_its_decay_and_its_rate(optimizer):
     for p, name in names.items():
         is_matrix = p.dim() == 2    # gates have three
         by_muon = optimizer == "muon" and is_matrix and name.startswith("h.")
-        expected.append((name, by_muon, 0.1 * is_matrix, 1 - name.endswith("c_proj.weight") / 2))
+        rate = 1 / times if name.endswith("c_proj.weight") else 1
+        expected.append((name, by_muon, 0.1 * is_matrix, rate))
     assert sorted(found) == sorted(expected)
     gpt2_std = 0.02 / math.sqrt(2 * 2)
-    assert model.h[1].mlp.c_proj.weight.std().item() == pytest.approx(gpt2_std / 2, rel=0.1)
+    assert model.h[1].mlp.c_proj.weight.std().item() == pytest.approx(gpt2_std / times, rel=0.1)
 
 
 def test_flags_win_over_presets():
@@ -976,8 +978,8 @@ def test_the_puzzle_is_prepared_trained_and_shown(tmp_path):
     flags = ["--preset=arrows", "--max_steps=20", "--eval_iters=2", "--n_embd=16"]
     assert len(result_of(*flags, cwd=tmp_path)["loop_losses"]) == 6
     lines = finish("bench.py", "loops", "--out_dir=out-arrows", cwd=tmp_path).splitlines()
-    assert [line.split()[0] for line in lines[2:18]] == [f"{n}" for n in range(1, 17)]
-    assert len(lines[17].split()) == 11 and "--exit_kl" in lines[18]
+    assert [line.split()[2] for line in lines[2:18]] == [f"{n}" for n in range(1, 17)]
+    assert len(lines[17].split()) == 13 and "--exit_kl" in lines[18]
     picture = tmp_path / "out-arrows" / "loops.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -993,7 +995,7 @@ def test_compare_goes_on_where_it_was_stopped(tiny_data, tmp_path):
     assert 1 <= len(finished) < 8 and not list(tmp_path.glob("results/*"))
     out = finish("bench.py", *args, cwd=tmp_path)
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())  # not run again
-    path = next((tmp_path / "results").glob("variants-max_steps=30*.json"))
+    path = next((tmp_path / "results").glob("variants-seeds=1-max_steps=30*.json"))
     models = json.loads(path.read_text())["models"]
     assert len(models) == 8
     for label, row in models.items():
@@ -1030,7 +1032,7 @@ def test_compare_tunes_each_model_and_says_what_diverged(tiny_data, tmp_path, mo
         diverged = n_loop == 6 and (seed == 1 or rate > 8e-3)
         loss = None if diverged else 1 + abs(math.log2(rate / best[n_loop])) + seed / 10
         return {"val_loss": loss, "tokens": 100, "seconds": 6, "params": 1, "flops": n_loop,
-                "loop_losses": [loss] * n_loop}
+                "loop_losses": [loss] * n_loop, "gates": [[1] * n_loop]}
     monkeypatch.setattr(bench, "train_run", trained)
     command = ["--what=default", "--seeds=2", f"--data_dir={tiny_data / 'data'}"]
     bench.compare([*command, "--learning_rate=8e-3", "--sweep"])

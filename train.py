@@ -323,10 +323,11 @@ def configure_optimizers(model, args):
     Weight decay is for matrices only, not for biases, norms and gates. The output of a c_proj is
     added to the state once a loop, N times in all. So it moves 1/N as fast as the other matrices.
     """
+    slower = 1 / model.config.times_added
     matrices = {name: p for name, p in model.h.named_parameters() if p.dim() == 2}
     adding = [p for name, p in matrices.items() if name.endswith("c_proj.weight")]
     others = [p for name, p in matrices.items() if not name.endswith("c_proj.weight")]
-    blocks = [{"params": others}, {"params": adding, "lr_scale": 1 / model.config.n_loop}]
+    blocks = [{"params": others}, {"params": adding, "lr_scale": slower}]
     rest = [{"params": [model.wte.weight, model.wpe.weight]},
             {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0}]
     how = dict(lr=args.learning_rate, weight_decay=args.weight_decay)
