@@ -418,20 +418,12 @@ def compare(flags):
     print(f"written: {path}")
     rows = {label: row for label, row in rows.items() if finished(row)}
     gated = {label: row for label, row in rows.items() if finished(row)[0]["gates"]}
-    picture = path.with_suffix(".png")
     if base.preset == "arrows":
-        tables = {label: np.mean([run["right"] for run in finished(row)], axis=0)
-                  for label, row in rows.items()}
-        others = {label: at_the_end(table) for label, table in tables.items()}
-        print_answers(others)
-        ours = next(iter(rows))
-        del others[ours]    # the picture has all its loops
-        others["a blind guess"] = BLIND
-        save_picture(picture, draw_answers, tables[ours], base.n_loop, others)
+        show_answers(rows, base.n_loop, path.with_suffix(".png"))
     elif args.what.startswith("compute"):
-        save_picture(picture, draw_differences, rows)
+        save_picture(path.with_suffix(".png"), draw_differences, rows)
     elif gated:
-        save_picture(picture, draw_gates, gated)
+        save_picture(path.with_suffix(".png"), draw_gates, gated)
 
 
 def finished(row):
@@ -454,6 +446,18 @@ def print_table(setting, rows):
         print(f"{label:<26} {params / 1e6:7.3f}M {tokens / 1e6:7.2f}M {tokens / params:6.0f} "
               f"{flops / 1e12:9.2f} {minutes:7.1f} {row['learning_rate']:7.2g} "
               f"{row['mean']:8.4f} {row['spread']:6.4f}{note}")
+
+
+def show_answers(rows, trained_loops, path):
+    """Print what each model answers at the end, on average over its seeds. Draw it below the first,
+    which is drawn with all its loops."""
+    tables = {label: np.mean([run["right"] for run in finished(row)], axis=0)
+              for label, row in rows.items()}
+    ends = {label: at_the_end(table) for label, table in tables.items()}
+    print_answers(ends)
+    first, *others = rows
+    below = {label: ends[label] for label in others} | {"a blind guess": BLIND}
+    save_picture(path, draw_answers, tables[first], trained_loops, below)
 
 
 def draw_differences(axes, rows):
