@@ -3,7 +3,7 @@ What a model costs, what its loops gain, and what models learn when they are tra
 
     python bench.py speed                           the paper's four models; small ones on a CPU
     python bench.py speed --preset=gpt2-81m-loop    one model, by any flags of train.py
-    python bench.py loops --out_dir=out-arrows      what each loop of a checkpoint gains, a picture
+    python bench.py loops --out_dir=out-arrows      what each loop gains on the puzzle
     python bench.py compare --what=default --sweep  an experiment: see EXPERIMENTS
 
 speed measures each model in a process of its own, with nothing compiled before. start is the time
@@ -14,8 +14,9 @@ tokens per second.
 compare gives every model the same data, with the same seed in the same order, and the same
 evaluation. --sweep finds each its own learning rate: it tries rates a factor of two apart, with
 seed 0, until the best lies between two others, in at most 12 trials. The best has the lowest
-validation loss; for the puzzle, the fewest wrong answers of 0 to 9 steps. results/WHAT.json records
-all trials. A finished run in out-compare/ is not repeated, an interrupted one goes on.
+validation loss; for the puzzle, the fewest wrong answers in the table, after 8 loops. All trials
+are recorded in results/WHAT.json, whose name has the other flags too. A finished run in
+out-compare/ is not repeated, an interrupted one goes on: delete the folder if you change the code.
 """
 import hashlib
 import json
@@ -165,14 +166,14 @@ def loops(flags):
     save_picture(Path(args.out_dir) / "loops.png", draw_answers, table, model.config.n_loop, others)
 
 
-BLIND = [1 / 4] * 5 + [1 / 2] * 5   # of right answers, by naming any of the 4 or 2 ends
+BLIND = [1 / 4] * 5 + [1 / 2] * 5   # right answers of a guess that names one of the 4 or 2 ends
 
 
 def puzzles(chains, count=1000):
-    """New documents of 4 or 2 chains, as tokens (count, 68).
+    """New documents of 4 or 2 chains, as tokens (count, 68): 20 of the map, then 16 times c>i.
 
-    In those of training, the end that most letters lead to is a good guess: it is right for 89% of
-    the letters that are 4 steps from their end. With equal chains all ends are equally likely.
+    In the maps of training, most letters lead to the same end: to name it is right for 89% of the
+    letters that are 4 steps from theirs. With equal chains all ends are equally likely.
     """
     return torch.tensor([list(text.encode()) for text in make_arrows(count, chains, seed=1)])
 
@@ -200,7 +201,7 @@ def right_answers(model, n_loop):
         x, right = puzzles(chains), []
         for part in x.to(model.wte.weight.device).split(100):
             states = model.eval().states(part, n_loop)
-            # predict returns all positions only with targets, whatever they are; > is at 21, 24, ..
+            # > is at 21, 24, .. predict returns all positions only with targets, whatever they are
             logits = (model.predict(state, part)[0][:, 21::3] for state in states)
             right.append(torch.stack([guess.argmax(-1) == part[:, 22::3] for guess in logits]))
         right = torch.cat(right, dim=1).cpu()       # (n_loop, B, 16)
@@ -216,7 +217,7 @@ def loops_to_settle(model, exit_kl=0.01, count=50):
     for document in x.to(model.wte.weight.device):
         taken, cache = [], KVCache(model.config.block_size)
         for idx in (document[:20], *document[20:67].split(1)):  # the map, then token by token
-            exit_early(model, exit_kl, taken, idx[None], cache=cache)
+            exit_early(model.eval(), exit_kl, taken, idx[None], cache=cache)
             cache.advance(len(idx))
         used.append(taken[2::3])    # at each >, where the model predicts an answer
     used, steps = torch.tensor(used).double(), steps_to_answer(x)
@@ -228,7 +229,7 @@ def print_answers(rows):
     print("right answers in %, by the steps from the question to its answer (training: 0 to 4)")
     print(f"{'':<26} {' '.join(f'{steps:5}' for steps in range(10))}")
     for label, row in rows.items():
-        print(f"{label:<26} {' '.join(f'{share:5.1%}' for share in row)}")
+        print(f"{label:<26} {' '.join(f'{100 * share:5.1f}' for share in row)}")
 
 
 def draw_answers(axes, table, trained_loops, others):
@@ -243,7 +244,7 @@ def draw_answers(axes, table, trained_loops, others):
                           color="white" if share > 0.6 else "black")
     shown = len(table[:12])
     axes.plot([4.5, 4.5], [-0.5, shown - 0.5], "r", linewidth=2)
-    axes.plot([-0.5, 9.5], [trained_loops - 0.5] * 2, "r", linewidth=2)
+    axes.plot([-0.5, 9.5], [min(trained_loops, shown) - 0.5] * 2, "r", linewidth=2)
     axes.set_xticks(range(10))
     axes.set_yticks([*range(shown), *range(shown + 1, len(rows))],
                     [*(f"after loop {n + 1}" for n in range(shown)), *others])
@@ -271,7 +272,7 @@ EXPERIMENTS = {     # {label: flags of train.py}
         f"{n} x, {flops} FLOPs": f"{NARROW} --n_loop={n} --target_flops={flops}"
         for flops in ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12") for n in (1, 2, 4, 6)
     },
-    "compute-largest": {    # the last budget, for more seeds
+    "compute-largest": {    # the last budget again, for --seeds=5
         f"{n} x, 6.9e12 FLOPs": f"{NARROW} --n_loop={n} --target_flops=6.9e12" for n in (1, 2, 4, 6)
     },
     "variants": {
@@ -289,7 +290,7 @@ EXPERIMENTS = {     # {label: flags of train.py}
         "2 blocks": f"{NARROW} --n_layer=2",
         "1 block, compute of 1 x 2": f"{NARROW} --n_layer=1 --target_flops=1.209e12",
     },
-    "paper": {      # the same at GPT-2's width and vocabulary, for one GPU
+    "paper": {      # pairs at GPT-2's width and vocabulary, for one GPU
         "12 blocks": f"--preset=gpt2-124m {GPT2}",
         "6 blocks x 6": f"--preset=gpt2-81m-loop {GPT2}",
         "6 blocks x 6, no gate": f"--preset=gpt2-81m-loop --residual=sum {GPT2}",
@@ -301,8 +302,8 @@ EXPERIMENTS = {     # {label: flags of train.py}
     },
     "arrows": {     # the puzzle, and its controls with equal compute
         "six loops": "--preset=arrows",
-        "with a gate": "--preset=arrows --residual=gated",
-        "loops drawn from 1 to 6": "--preset=arrows --n_loop_min=1 --max_steps=8000",
+        "without a gate": "--preset=arrows --residual=sum",
+        "1 to 6 loops, no gate": "--preset=arrows --residual=sum --n_loop_min=1 --max_steps=8000",
         "six blocks": "--preset=arrows --n_layer=6 --n_loop=1",
         "one forward pass": "--preset=arrows --n_loop=1 --target_flops=1.143e13",
     },
@@ -334,8 +335,8 @@ def train_run(label, flags, data_sha256, rate, seed):
     return result
 
 
-def at_the_end(table):
-    """The row of right_answers that a model is judged by: after loop 8, or fewer if it has fewer."""
+def after_loop_8(table):
+    """The row of right_answers that a model is judged by. A model without a loop has one only."""
     return table[:8][-1]
 
 
@@ -345,7 +346,7 @@ def score(run):
     The puzzle's validation loss would not do. It is of 0 to 4 steps, which are nearly all right at
     several rates. So there it is the share of wrong answers of 0 to 9 steps.
     """
-    return 1 - np.mean(at_the_end(run["right"])) if "right" in run else run["val_loss"]
+    return 1 - np.mean(after_loop_8(run["right"])) if "right" in run else run["val_loss"]
 
 
 def run_train_py(flags, folder, device):
@@ -374,10 +375,10 @@ def study(data_sha256, seeds, sweep, model):
     train_at = partial(train_run, label, flags, data_sha256)
     best = train.get_args(flags)[0].learning_rate
     trials = {}  # {rate: score at seed 0, None if it diverged}
-    while sweep and len(trials) < 12:  # a limit, if all diverge
+    while sweep and len(trials) < 12:   # a limit, should no rate lie between two worse ones
         untried = [rate for rate in (best, best / 2, best * 2) if rate not in trials]
         if not untried:
-            break
+            break   # the best lies between two others
         trials[untried[0]] = score(train_at(untried[0], 0))
         finite = [rate for rate in trials if trials[rate] is not None]
         best = min(finite, key=trials.get) if finite else min(trials)
@@ -418,7 +419,7 @@ def compare(flags):
     print(f"written: {path}")
     rows = {label: row for label, row in rows.items() if finished(row)}
     gated = {label: row for label, row in rows.items() if finished(row)[0]["gates"]}
-    if base.preset == "arrows":
+    if rows and base.preset == "arrows":
         show_answers(rows, base.n_loop, path.with_suffix(".png"))
     elif args.what.startswith("compute"):
         save_picture(path.with_suffix(".png"), draw_differences, rows)
@@ -444,24 +445,30 @@ def print_table(setting, rows):
         minutes = sum(run["seconds"] for run in runs) / len(runs) / 60
         params, tokens, flops = (runs[0][name] for name in ("params", "tokens", "flops"))
         print(f"{label:<26} {params / 1e6:7.3f}M {tokens / 1e6:7.2f}M {tokens / params:6.0f} "
-              f"{flops / 1e12:9.2f} {minutes:7.1f} {row['learning_rate']:7.2g} "
+              f"{flops / 1e12:9.2f} {minutes:7.1f} {row['learning_rate']:7g} "
               f"{row['mean']:8.4f} {row['spread']:6.4f}{note}")
 
 
 def show_answers(rows, trained_loops, path):
-    """Print what each model answers at the end, on average over its seeds. Draw it below the first,
-    which is drawn with all its loops."""
+    """Print each model's right answers after loop 8, the mean of its seeds.
+
+    Draw the first model loop by loop, and the others' rows below it.
+    """
     tables = {label: np.mean([run["right"] for run in finished(row)], axis=0)
               for label, row in rows.items()}
-    ends = {label: at_the_end(table) for label, table in tables.items()}
+    ends = {f"{label}, loop 8" if len(table) > 1 else label: after_loop_8(table)
+            for label, table in tables.items()}
     print_answers(ends)
-    first, *others = rows
+    others = list(ends)[1:]
     below = {label: ends[label] for label in others} | {"a blind guess": BLIND}
-    save_picture(path, draw_answers, tables[first], trained_loops, below)
+    save_picture(path, draw_answers, tables[next(iter(rows))], trained_loops, below)
 
 
 def draw_differences(axes, rows):
-    """Draw each loss minus that of one loop with the same compute, the row before. Bars: spreads."""
+    """Draw each loss minus that of one loop with the same compute, which comes before it in rows.
+
+    The bars are the spreads of the seeds.
+    """
     lines = {}  # {n_loop: points}
     for row in rows.values():
         run = finished(row)[0]
@@ -481,7 +488,7 @@ def draw_differences(axes, rows):
 
 
 def draw_gates(axes, rows):
-    """Draw the learned gates over the loops: a colour for each model, a line for each seed."""
+    """Draw the gates over the loops: a colour for each model, a line for each seed and group."""
     for i, (label, row) in enumerate(rows.items()):
         lines = [gates for run in finished(row) for gates in run["gates"]]
         for gates in lines:
@@ -512,11 +519,11 @@ def main():
     elif command in COMMANDS:
         COMMANDS[command](flags)
     else:
-        sys.exit(f"bench.py has no command {command}: it has {', '.join(COMMANDS)}")
+        sys.exit(f"bench.py has no command {command}: it has speed, loops and compare")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nstopped: the same command goes on with the runs that are not finished")
+        sys.exit("\nstopped: compare goes on where it was")
