@@ -1052,6 +1052,38 @@ def test_compare_tunes_each_model_and_says_what_diverged(tiny_data, tmp_path, mo
     assert not any("NaN" in path.read_text() for path in (tmp_path / "results").glob("*.json"))
 
 
+def test_the_puzzle_is_compared_by_its_answers(tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def trained(label, flags, data_sha256, rate, seed):
+        n_loop = get_args(flags).n_loop
+        right = 0.9 - abs(math.log2(rate / 8e-3)) / 10 - seed / 50
+        table = [[right - abs(n - 8)] * 10 for n in range(1, 17)] if n_loop > 1 else [[right] * 10]
+        return {"val_loss": rate, "tokens": 100, "seconds": 6, "params": 1, "flops": n_loop,
+                "loop_losses": [rate] * n_loop, "gates": None, "right": table}
+    monkeypatch.setattr(bench, "train_run", trained)
+    bench.compare(["--what=arrows", "--sweep", "--seeds=2", f"--data_dir={tiny_data / 'data'}"])
+    path, out = next((tmp_path / "results").glob("arrows-*.json")), capsys.readouterr().out
+    for row in json.loads(path.read_text())["models"].values():
+        wrong = {"0.002": 0.3, "0.004": 0.2, "0.008": 0.1, "0.016": 0.2}
+        assert row["trials"] == pytest.approx(wrong)    # all start at 0.004
+        assert [run["val_loss"] for run in row["runs"]] == [8e-3] * 2   # the rate, here
+    assert re.search(r"\nsix loops, loop 8( +89\.0){10}\n", out)
+    assert re.search(r"\none forward pass( +89\.0){10}\n", out)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_has_the_differences_at_equal_compute():
+    def row(n_loop, tokens, mean):
+        run = {"val_loss": mean, "loop_losses": [mean] * n_loop, "tokens": tokens, "params": 10}
+        return {"runs": [run], "mean": mean, "spread": 0.1}
+    axes = bench.Figure().subplots()
+    bench.draw_differences(axes, {"a": row(1, 100, 3.0), "b": row(2, 60, 3.5),
+                                  "c": row(1, 1000, 2.0), "d": row(2, 600, 1.5)})
+    points = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axes.containers}
+    assert points == {"n_loop = 1": [[10, 0], [100, 0]], "n_loop = 2": [[10, 0.5], [100, -0.5]]}
+
+
 # ---- the messages that a user of the README can meet ----
 
 MISTAKES = [
