@@ -15,8 +15,8 @@ compare gives every model the same data, with the same seed in the same order, a
 evaluation. --sweep finds each its own learning rate: it tries rates a factor of two apart, with
 seed 0, until the best lies between two others, in at most 12 trials. The best has the lowest
 validation loss; for the puzzle, the fewest wrong answers in the table, after 8 loops. All trials
-are recorded in results/WHAT.json, whose name has the other flags too. A finished run in
-out-compare/ is not repeated, an interrupted one goes on: delete the folder if you change the code.
+are recorded in results/, in a file named by the flags. A finished run in out-compare/ is not
+repeated, an interrupted one goes on: delete the folder if you change the code.
 """
 import hashlib
 import json
@@ -300,11 +300,11 @@ EXPERIMENTS = {     # {label: flags of train.py}
         "1 block x 2, no gate": f"--preset=gpt2-45m-loop --residual=sum {GPT2}",
         "2 blocks": f"--preset=gpt2-45m --n_layer=2 {GPT2}",
     },
-    "arrows": {     # the puzzle, and its controls with equal compute
+    "arrows": {     # the puzzle, and its controls with equal compute, at good rates
         "six loops": "--preset=arrows",
         "without a gate": "--preset=arrows --residual=sum",
         "1 to 6 loops, no gate": "--preset=arrows --residual=sum --n_loop_min=1 --max_steps=8000",
-        "six blocks": "--preset=arrows --n_layer=6 --n_loop=1",
+        "six blocks": "--preset=arrows --n_layer=6 --n_loop=1 --learning_rate=8e-3",
         "one forward pass": "--preset=arrows --n_loop=1 --target_flops=1.143e13",
     },
 }
@@ -407,8 +407,10 @@ def compare(flags):
     with ThreadPoolExecutor(workers) as pool:
         rows = dict(zip(models, pool.map(work, models.items()), strict=True))
 
-    seeds = [] if args.seeds == parser.get_default("seeds") else [f"seeds={args.seeds}"]
-    parts = [args.what, *seeds, *(flag.lstrip("-").replace("/", "_") for flag in extra)]
+    parts = [args.what] + ["sweep"] * args.sweep
+    if args.seeds != parser.get_default("seeds"):
+        parts.append(f"seeds={args.seeds}")
+    parts += [flag.lstrip("-").replace("/", "_") for flag in extra]
     path = Path("results") / f"{'-'.join(parts)}.json"
     path.parent.mkdir(exist_ok=True)
     setting = (f"{meta['dataset']}, {meta['train']['tokens']:,} {meta['tokenizer']} tokens; "
