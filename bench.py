@@ -302,10 +302,12 @@ EXPERIMENTS = {     # {label: flags of train.py}
     },
     "arrows": {     # the puzzle, and its controls with equal compute, at good rates
         "six loops": "--preset=arrows",
-        "without a gate": "--preset=arrows --residual=sum",
-        "1 to 6 loops, no gate": "--preset=arrows --residual=sum --n_loop_min=1 --max_steps=8000",
         "six blocks": "--preset=arrows --n_layer=6 --n_loop=1 --learning_rate=8e-3",
         "one forward pass": "--preset=arrows --n_loop=1 --target_flops=1.143e13",
+    },
+    "arrows-sum": {     # the puzzle without a gate, then with loops drawn from 1 to 6
+        "no gate": "--preset=arrows --residual=sum",
+        "no gate, 1 to 6": "--preset=arrows --residual=sum --n_loop_min=1 --max_steps=8000",
     },
 }
 
