@@ -1026,7 +1026,7 @@ def test_experiments_of_equal_compute_have_equal_compute():
 
 def test_compare_tunes_each_model_and_says_what_diverged(tiny_data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    best = {1: 1e-3, 2: 8e-3, 4: 64e-3, 6: 8e-3}  # loops: learning rate
+    best = {1: 1e-3, 2: 64e-3, 6: 8e-3}     # loops: learning rate
 
     def trained(label, flags, data_sha256, rate, seed):
         n_loop = get_args(flags).n_loop
@@ -1040,9 +1040,8 @@ def test_compare_tunes_each_model_and_says_what_diverged(tiny_data, tmp_path, mo
     out, path = capsys.readouterr().out, next((tmp_path / "results").glob("*8e-3.json"))
     models = json.loads(path.read_text())["models"]
     assert [*models["1 loop"]["trials"]] == ["0.0005", "0.001", "0.002", "0.004", "0.008"]
-    assert models["2 loops"]["trials"] == {"0.004": 2, "0.008": 1, "0.016": 2}
+    assert [*models["2 loops"]["trials"]] == ["0.004", "0.008", "0.016", "0.032", "0.064", "0.128"]
     assert models["6 loops"]["trials"] == {"0.004": 2, "0.008": 1, "0.016": None}
-    assert [*models["4 loops"]["trials"]][-2:] == ["0.064", "0.128"]
     assert models["1 loop"]["mean"] == pytest.approx(1.05)
     assert models["1 loop"]["spread"] == pytest.approx(0.05)
     assert models["6 loops"]["mean"] == 1 and "1 diverged\n" in out
