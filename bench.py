@@ -263,6 +263,7 @@ EXPERIMENTS = {     # {label: flags of train.py}
     "default": {    # equal data, then equal compute, where the best rate is lower
         "1 loop": "--n_loop=1",
         "2 loops": "--n_loop=2",
+        "4 loops": "--n_loop=4",
         "6 loops": "--n_loop=6",
         "1 loop, compute of 6": f"--n_loop=1 --learning_rate=2e-3 {AS_6_LOOPS}",
         "2 loops, compute of 6": f"--n_loop=2 --learning_rate=4e-3 {AS_6_LOOPS}",

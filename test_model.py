@@ -1026,7 +1026,7 @@ def test_experiments_of_equal_compute_have_equal_compute():
 
 def test_compare_tunes_each_model_and_says_what_diverged(tiny_data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    best = {1: 1e-3, 2: 64e-3, 6: 8e-3}     # loops: learning rate
+    best = {1: 1e-3, 2: 64e-3, 4: 8e-3, 6: 8e-3}    # loops: learning rate
 
     def trained(label, flags, data_sha256, rate, seed):
         n_loop = get_args(flags).n_loop
