@@ -260,7 +260,7 @@ NARROW = "--n_embd=32"
 GPT2 = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
         "--eval_iters=20 --eval_interval=10000")
 EXPERIMENTS = {     # {label: flags of train.py}
-    "default": {    # equal data, then equal compute, where the best rate is lower
+    "default": {    # equal data, then equal compute, where lower rates are better
         "1 loop": "--n_loop=1",
         "2 loops": "--n_loop=2",
         "4 loops": "--n_loop=4",

@@ -66,7 +66,7 @@ class GPTConfig:
 
     @property
     def times_added(self):
-        """How many times what a looped block adds is added in all: with mean, 1/N of it N times."""
+        """How often a block's output is added in all: n_loop times, but mean adds 1/n_loop each."""
         return 1 if self.residual == "mean" else self.n_loop
 
 
@@ -138,7 +138,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 # what a block adds to x starts small: by 1/sqrt(2 * n_layer) as in GPT-2, and by
-                # 1/n_loop, since n_loop loops add it. Blocks outside the loop are treated alike.
+                # 1/times_added, since the loops add it again. Blocks outside are treated alike.
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) / c.times_added)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)

@@ -318,7 +318,7 @@ def configure_optimizers(model, args):
     """Return a list of optimizers: AdamW; or Muon for the blocks' matrices and AdamW for the rest.
 
     Weight decay is for matrices only, not for biases, norms and gates. The output of a c_proj is
-    added to the state once a loop, N times in all. So it moves 1/N as fast as the other matrices.
+    added to the state times_added times. So it moves that much slower than the other matrices.
     """
     slower = 1 / model.config.times_added
     matrices = {name: p for name, p in model.h.named_parameters() if p.dim() == 2}
