@@ -992,17 +992,17 @@ def test_compare_goes_on_where_it_was_stopped(tiny_data, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    assert 1 <= len(finished) < 8 and not list(tmp_path.glob("results/*"))
+    assert finished and not list(tmp_path.glob("results/*"))
     out = finish("bench.py", *args, cwd=tmp_path)
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())  # not run again
     path = next((tmp_path / "results").glob("variants-seeds=1-max_steps=30*.json"))
     models = json.loads(path.read_text())["models"]
-    assert len(models) == 8
+    assert list(models) == list(RESIDUALS)
     for label, row in models.items():
         assert row["mean"] == row["runs"][0]["val_loss"]
         assert f"\n{label:<26}" in out and f"{row['mean']:.4f}" in out
-    flags = ["--n_loop=6", "--residual=sum", "--optimizer=muon", *shared]
-    assert result_of(*flags, cwd=tmp_path)["val_loss"] == models["sum, muon"]["mean"]
+    flags = ["--n_loop=6", "--residual=sum", *shared]
+    assert result_of(*flags, cwd=tmp_path)["val_loss"] == models["sum"]["mean"]
 
 
 def test_the_example_of_a_fork_fits_this_code():
