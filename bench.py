@@ -485,7 +485,10 @@ def draw_differences(axes, rows):
         x, y, spreads = zip(*points, strict=True)
         axes.errorbar(x, y, spreads, fmt="o-", capsize=3, label=f"n_loop = {n_loop}")
     axes.axhline(0, color="black", linewidth=1)
-    axes.set(xscale="log", xlabel="tokens per parameter that one loop reads with this compute",
+    axes.set_xscale("log")
+    axes.set_xticks(x, [f"{tokens:,.0f}" for tokens in x])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="tokens per parameter that one loop reads with this compute",
              ylabel="validation loss minus that of one loop, nats",
              title="below the black line, loops are the better use of the compute")
     axes.legend()
