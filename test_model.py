@@ -1005,8 +1005,9 @@ def test_compare_goes_on_where_it_was_stopped(tiny_data, tmp_path):
     assert result_of(*flags, cwd=tmp_path)["val_loss"] == models["sum"]["mean"]
 
 
-def test_the_example_of_a_fork_fits_this_code():
-    subprocess.run(["git", "apply", "--check", "results/drawn-depth.patch"], cwd=HERE, check=True)
+@pytest.mark.parametrize("fork", ["drawn-depth", "gate-starts"])
+def test_the_example_of_a_fork_fits_this_code(fork):
+    subprocess.run(["git", "apply", "--check", f"results/{fork}.patch"], cwd=HERE, check=True)
 
 
 def test_experiments_of_equal_compute_have_equal_compute():
