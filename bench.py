@@ -276,9 +276,10 @@ EXPERIMENTS = {     # {label: flags of train.py}
     "compute-largest": {    # the last budget again, its two best, for --seeds=5
         f"{n} x, 6.9e12 FLOPs": f"{NARROW} --n_loop={n} --target_flops=6.9e12" for n in (1, 2)
     },
-    "variants": {   # of the equation, beside a single loop; again with --optimizer=adamw
-        residual: f"--n_loop=6 --residual={residual}" for residual in train.RESIDUALS
-    } | {"1 loop": "--n_loop=1"},
+    "variants": {   # of the equation, beside one loop; again with --optimizer=adamw
+        "1 loop": "--n_loop=1",
+        **{residual: f"--n_loop=6 --residual={residual}" for residual in train.RESIDUALS},
+    },
     "pairs": {      # the paper's two pairs, small, with both loop orders and controls
         "4 blocks": f"{NARROW} --n_layer=4",
         "2 blocks x 3": f"{NARROW} --n_layer=2 --n_loop=3",

@@ -997,7 +997,7 @@ def test_compare_goes_on_where_it_was_stopped(tiny_data, tmp_path):
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())  # not run again
     path = next((tmp_path / "results").glob("variants-seeds=1-max_steps=30*.json"))
     models = json.loads(path.read_text())["models"]
-    assert list(models) == [*RESIDUALS, "1 loop"]
+    assert list(models) == ["1 loop", *RESIDUALS]
     for label, row in models.items():
         assert row["mean"] == row["runs"][0]["val_loss"]
         assert f"\n{label:<26}" in out and f"{row['mean']:.4f}" in out
