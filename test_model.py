@@ -1005,7 +1005,7 @@ def test_compare_goes_on_where_it_was_stopped(tiny_data, tmp_path):
     assert result_of(*flags, cwd=tmp_path)["val_loss"] == models["sum"]["mean"]
 
 
-@pytest.mark.parametrize("fork", ["drawn-depth", "gate-starts"])
+@pytest.mark.parametrize("fork", ["drawn-depth", "gate-starts", "short-text"])
 def test_the_example_of_a_fork_fits_this_code(fork):
     subprocess.run(["git", "apply", "--check", f"results/{fork}.patch"], cwd=HERE, check=True)
 
