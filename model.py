@@ -11,7 +11,8 @@ the same, the compute grows. In this file that is one `for` in GPT.states, and t
 in GPT.loop.
 
     model = GPT(GPTConfig(n_layer=6, n_loop=6))     # the paper's 81M model
-    logits, loss = model(idx, targets)              # (B, T, V), ()
+    logits = model(idx)                             # (B, T) -> (B, T, V)
+    loss = model(idx, targets)                      # (B, T) and (B, T) -> (), in nats
 
 GPT-2 is Radford et al., Language Models are Unsupervised Multitask Learners, 2019. The loop is
 Ng & Wang, Loop Neural Networks for Parameter Sharing, arXiv 2409.14199. Version 3 of the paper adds
@@ -22,7 +23,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 RESIDUALS = ("gated", "sum", "mean", "outer")   # variants of the equation, see GPT.loop
+GATED = ("gated",)                              # those that learn gates
 LOOP_ORDERS = ("stack", "block")                # see GPT.states
 
 
@@ -64,10 +66,38 @@ class GPTConfig:
         assert self.residual in RESIDUALS, self.residual
         assert self.loop_order in LOOP_ORDERS, self.loop_order
 
-    @property
-    def times_added(self):
-        """How often a block's output is added in all: n_loop times, but mean adds 1/n_loop each."""
-        return 1 if self.residual == "mean" else self.n_loop
+
+class KVCache:
+    """The keys and values of the positions so far, so that a new token costs one position.
+
+    Each (loop, block) has an entry of its own: a looped block sees another state in every loop.
+    """
+
+    def __init__(self, max_length):
+        self.max_length = max_length
+        self.length = 0     # positions in every entry; generate counts them
+        self.slot = None    # the (loop, block) that computes now; GPT.blocks sets it
+        self.entries = {}   # (loop, block): (2, B, nh, max_length, hs)
+
+    def update(self, k, v):
+        """Append k and v (B, nh, T, hs) to the entry. Return all of it, (2, B, nh, S, hs)."""
+        B, nh, T, hs = k.shape
+        end = self.length + T
+        assert end <= self.max_length, f"{end} positions in a cache of {self.max_length}"
+        assert T == 1 or self.length == 0, "several positions after cached ones would need a mask"
+        if self.slot not in self.entries:
+            self.entries[self.slot] = k.new_empty(2, B, nh, self.max_length, hs)
+        entry = self.entries[self.slot]
+        entry[0, :, :, self.length:end] = k
+        entry[1, :, :, self.length:end] = v
+        return entry[:, :, :, :end]
+
+    def skip(self, n, N, blocks):
+        """Give the newest position, in loops n+1 .. N-1 of blocks, what it has in loop n."""
+        for i in blocks:
+            last = self.entries[n, i][:, :, :, self.length]
+            for skipped in range(n + 1, N):
+                self.entries[skipped, i][:, :, :, self.length] = last
 
 
 class CausalSelfAttention(nn.Module):
@@ -80,13 +110,12 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, cache=None, slot=None):
+    def forward(self, x, cache=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)       # (B, T, 3, nh, hs) -> 3 of (B, nh, T, hs)
         if cache is not None:
-            # a KVCache, below: its slot (loop, block) has all S >= T positions, (B, nh, S, hs)
-            k, v = cache.update(slot, k, v)
+            k, v = cache.update(k, v)              # of all S >= T positions: (B, nh, S, hs)
         dropout = self.dropout if self.training else 0.0
         # T > 1 comes with no cache or an empty one: S = T, a causal mask fits. T = 1 needs no mask
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
@@ -118,8 +147,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, slot=None):
-        x = x + self.attn(self.ln_1(x), cache, slot)
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -135,35 +164,44 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(c.block_size, c.n_embd)
         self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
+        # the groups of blocks that loop together: the whole stack, or each block on its own
+        self.groups = [(c.loop_start, c.loop_end)]
+        if c.loop_order == "block":
+            self.groups = [(i, i + 1) for i in range(c.loop_start, c.loop_end)]
+        # a gate for each group, loop and channel; a model of one loop has none, it is GPT-2
+        self.gates = None
+        if c.residual in GATED and c.n_loop > 1:
+            self.gates = nn.Parameter(torch.ones(len(self.groups), c.n_loop, c.n_embd))
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's start: normal matrices, zero biases. What a block adds to x starts smaller."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                # what a block adds to x starts small: by 1/sqrt(2 * n_layer) as in GPT-2, and by
-                # 1/times_added, since the loops add it again. Blocks outside are treated alike.
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) / c.times_added)
+                std = 0.02 / math.sqrt(2 * self.config.n_layer)
+                nn.init.normal_(p, std=std * self.c_proj_scale(name))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-        # the groups of blocks that loop together: the whole stack, or each block on its own
-        self.groups = [(c.loop_start, c.loop_end)]
-        if c.loop_order == "block":
-            self.groups = [(i, i + 1) for i in range(c.loop_start, c.loop_end)]
-        # a gate for each group, loop and channel; a single loop has none, it is GPT-2
-        self.gates = None
-        if c.residual == "gated" and c.n_loop > 1:
-            self.gates = nn.Parameter(torch.ones(len(self.groups), c.n_loop, c.n_embd))
+    def c_proj_scale(self, name):
+        """How much smaller a parameter starts than GPT-2's, and how much slower it learns.
 
-    def forward(self, idx, targets=None, n_loop=None, cache=None):
-        """Tokens idx (B, T) -> (logits, loss).
-
-        With targets (B, T): logits (B, T, V) and the mean loss in nats, (), over the targets that
-        are not -1. Without: the logits of the last position, (B, 1, V), and None. A KVCache holds
-        the positions before idx. The caller advances it.
+        N loops add the output of a looped block N times. So its c_proj.weight, which makes that
+        output, has 1/N. In mean each loop adds 1/N of it already. All else has 1.
         """
-        for state in self.states(idx, n_loop, cache):
+        c = self.config
+        if not name.endswith("c_proj.weight") or c.residual == "mean":
+            return 1
+        block = int(name.split(".")[1])     # h.0.attn.c_proj.weight
+        return 1 / c.n_loop if c.loop_start <= block < c.loop_end else 1
+
+    def forward(self, idx, targets=None, n_loop=None):
+        """Tokens idx (B, T) -> logits (B, T, V), or with targets (B, T) the loss, ()."""
+        for state in self.states(idx, n_loop):
             x = state   # the last one counts
-        return self.predict(x, targets, cache)
+        return self.logits(x) if targets is None else self.loss(x, targets)
 
     def states(self, idx, n_loop=None, cache=None):
         """Yield the states x(1) .. x(N), each (B, T, C), for the tokens idx (B, T).
@@ -172,121 +210,130 @@ class GPT(nn.Module):
         times. "block" sends it through each of them N times before the next, and the states are
         those of the last one. With a cache, idx continues the positions that it holds.
         """
-        c = self.config
-        N = c.n_loop if n_loop is None else n_loop
-        start = 0 if cache is None else cache.length
-        end = start + idx.size(1)
+        N = self.config.n_loop if n_loop is None else n_loop
         assert N >= 1, f"n_loop={N}"
-        assert end <= c.block_size, f"{end} positions in a context of {c.block_size}"
-        x = self.wte(idx) + self.wpe.weight[start:end]      # (B, T, C)
-        x = F.dropout(x, c.dropout, self.training)
-        x = self.blocks(0, c.loop_start, x, cache)
+        x = self.embed(idx, 0 if cache is None else cache.length)
+        x = self.blocks(0, self.config.loop_start, x, cache)
         for group in range(len(self.groups)):
+            x0 = x
             for n in range(N):
                 if self.checkpoint_loops and torch.is_grad_enabled() and n < N - 1:
-                    x = checkpoint(self.loop, x, group, n, N, cache, use_reentrant=False)
+                    x = checkpoint(self.loop, x, x0, group, n, N, cache, use_reentrant=False)
                 else:
-                    x = self.loop(x, group, n, N, cache)
+                    x = self.loop(x, x0, group, n, N, cache)
                 if group == len(self.groups) - 1:
                     yield x
 
-    def loop(self, x, group, n, N, cache=None):
+    def loop(self, x, x0, group, n, N, cache=None):
         """Loop n of N, counted from 0, through a group of blocks: (B, T, C) -> (B, T, C).
 
         The group computes blocks(x) = x + g(x). arXiv 2409.14199 leaves open whether its f is g or
-        blocks. In gated, sum and mean it is g, in outer it is blocks.
+        blocks. In gated, sum and mean it is g, in outer it is blocks. x0 is the state before the
+        first loop: these four do not need it, a variant of yours may.
         """
         start, end = self.groups[group]
-        y = self.blocks(start, end, x, cache, n)    # blocks(x) = x + g(x)
-        if self.gates is not None:                  # gated: x + a * g(x)
-            last = self.gates.size(1) - 1           # extra loops use the last gate again
-            a = self.gates[group, min(n, last)]     # (C,)
-            return x.lerp(y, a)                     # lerp is exact at a = 0 and at a = 1
-        if self.config.residual == "mean":
-            return x.lerp(y, 1 / N)                 # x + g(x) / N
-        if self.config.residual == "outer":
-            return x + y                            # x + blocks(x)
-        return y                                    # sum, or gated with one loop: x + g(x)
+        y = self.blocks(start, end, x, cache, n)        # y = x + g(x)
+        residual = self.config.residual
+        if residual == "sum" or (residual == "gated" and self.config.n_loop == 1):
+            return y                                    # x + g(x)
+        if residual == "gated":
+            last = self.config.n_loop - 1               # more loops use the last gate again
+            a = self.gates[group, min(n, last)]         # (C,)
+            return x.lerp(y, a)                         # x + a * g(x), exact at a = 0 and a = 1
+        if residual == "mean":
+            return x.lerp(y, 1 / N)                     # x + g(x) / N
+        if residual == "outer":
+            return x + y                                # x + blocks(x)
+        raise NotImplementedError(f"GPT.loop has no equation for residual={residual}")
+
+    def embed(self, idx, start=0):
+        """Tokens idx (B, T), the first of them at position start -> x(0), (B, T, C)."""
+        end = start + idx.size(1)
+        assert end <= self.config.block_size, f"{end} positions in {self.config.block_size}"
+        x = self.wte(idx) + self.wpe.weight[start:end]
+        return F.dropout(x, self.config.dropout, self.training)
 
     def blocks(self, start, end, x, cache=None, n=0):
         """Send a state (B, T, C) through h[start:end]. n tells the cache which loop this is."""
         for i in range(start, end):
-            x = self.h[i](x, cache, (n, i))
+            if cache is not None:
+                cache.slot = n, i
+            x = self.h[i](x, cache)
         return x
 
-    def predict(self, x, targets=None, cache=None):
-        """From a state (B, T, C), through the blocks after the loop, to (logits, loss)."""
+    def logits(self, x, cache=None, last=False):
+        """A state (B, T, C) -> logits (B, T, V), or only those of the last position, (B, 1, V)."""
         x = self.blocks(self.config.loop_end, self.config.n_layer, x, cache)
-        if targets is None:
-            x = x[:, [-1]]  # to sample, only the last position counts
-        return self.head(x, targets)
+        if last:
+            x = x[:, [-1]]
+        return F.linear(self.ln_f(x), self.wte.weight)
 
-    def head(self, x, targets=None):
+    def loss(self, x, targets):
+        """A state (B, T, C) -> the mean loss in nats, (), over the targets (B, T) but for -1."""
+        x = self.blocks(self.config.loop_end, self.config.n_layer, x)
+        return self.head_loss(x, targets)
+
+    def head_loss(self, x, targets):
         """The last norm, the logits and the loss: on its own so that train.py can compile it."""
         logits = F.linear(self.ln_f(x), self.wte.weight)    # (B, T, V)
-        if targets is None:
-            return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
                                reduction="sum")
-        return logits, loss / (targets >= 0).sum().clamp(min=1)     # 0 if no target counts
+        return loss / (targets >= 0).sum().clamp(min=1)     # 0 if no target counts
 
     def loop_losses(self, idx, targets, n_loop=None):
-        """The loss in nats of the states after loop 1, 2, .. N: (N,)."""
-        return torch.stack([self.predict(x, targets)[1] for x in self.states(idx, n_loop)])
+        """The loss of the states after loop 1, 2, .. N: (N,)."""
+        return torch.stack([self.loss(x, targets) for x in self.states(idx, n_loop)])
 
 
 # ---- from tokens to more tokens ----
 
-class KVCache:
-    """The keys and values of the positions so far, so that a new token costs one position.
-
-    There is one entry for each (loop, block): a looped block sees another state at every loop.
-    """
-
-    def __init__(self, max_length):
-        self.max_length = max_length
-        self.length = 0     # positions in every entry
-        self.entries = {}   # (loop, block): (2, B, nh, max_length, hs)
-
-    def update(self, slot, k, v):
-        """Append k and v (B, nh, T, hs) to an entry and return all of it, (2, B, nh, S, hs)."""
-        B, nh, T, hs = k.shape
-        end = self.length + T
-        assert end <= self.max_length, f"{end} positions in a cache of {self.max_length}"
-        assert T == 1 or self.length == 0, "several positions after cached ones would need a mask"
-        if slot not in self.entries:
-            self.entries[slot] = k.new_empty(2, B, nh, self.max_length, hs)
-        entry = self.entries[slot]
-        entry[0, :, :, self.length:end] = k
-        entry[1, :, :, self.length:end] = v
-        return entry[:, :, :, :end]
-
-    def advance(self, T):
-        """Count T more positions, once all entries have them."""
-        self.length += T
-
-
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None, forward=None):
-    """Continue idx (B, T >= 1) and yield each new token (B, 1) as it is drawn.
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None, exit_kl=None):
+    """Continue idx (B, T >= 1): yield each new token (B, 1), and how many loops it took.
 
     The model sees its last block_size tokens. GPT-2's positions are absolute: once the window
-    slides, every token in it has a new position, so nothing can be cached and a token costs the
-    whole window. Until then, forward replaces the model if given: sample.py's exits early.
+    slides, every token in it has a new position, so nothing can be cached, no loop is skipped, and
+    a token costs the whole window.
     """
+    N = n_loop or model.config.n_loop
     block_size = model.config.block_size
-    forward = forward or model
     cache = KVCache(block_size)
     new = idx
     for _ in range(max_new_tokens):
         if idx.size(1) > block_size:
-            logits, _ = model(idx[:, -block_size:], n_loop=n_loop)
-        else:
-            logits, _ = forward(new, n_loop=n_loop, cache=cache)
-            cache.advance(new.size(1))
+            cache, new = None, idx[:, -block_size:]
+        logits, loops = next_logits(model, new, N, cache, exit_kl)
+        if cache is not None:
+            cache.length += new.size(1)
         new = sample_token(logits[:, -1].float(), temperature, top_k)
         idx = torch.cat((idx, new), dim=1)
-        yield new
+        yield new, loops
+
+
+def next_logits(model, idx, N, cache=None, exit_kl=None):
+    """Return the logits (B, 1, V) after idx (B, T), and the number of loops taken: N, or fewer.
+
+    With exit_kl, a single new token stops looping once KL(p(n) || p(n-1)) < exit_kl for the
+    predictions p after loop n and the one before, at n = 2 at the earliest. Skipped loops get the
+    keys and values of the last loop taken. With loop_order="block" only the loops of the last block
+    can be skipped.
+    """
+    may_exit = exit_kl is not None and cache is not None and cache.length > 0
+    last_log_p = None
+    for n, x in enumerate(model.states(idx, N, cache)):
+        if n < N - 1 and not may_exit:
+            continue
+        # the blocks after the loop overwrite their keys and values each time
+        logits = model.logits(x, cache, last=True)
+        if may_exit:
+            log_p = logits.float().log_softmax(-1)
+            if n > 0:
+                kl = F.kl_div(last_log_p, log_p, reduction="none", log_target=True).sum(-1)
+                if kl.max().clamp(min=0) < exit_kl:     # rounding can make it negative
+                    cache.skip(n, N, range(*model.groups[-1]))
+                    break
+            last_log_p = log_p
+    return logits, n + 1
 
 
 def sample_token(logits, temperature, top_k=None):
@@ -339,7 +386,7 @@ def save_checkpoint(path, model, **state):
 
     It is written beside path and renamed, so path is always a whole checkpoint.
     """
-    part = path.with_name(path.name + ".tmp")
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     torch.save(state | {"config": asdict(model.config), "model": model.state_dict()}, part)
     for _ in range(20):
         try:
@@ -354,38 +401,31 @@ def load_checkpoint(path, device="cpu"):
 
     Only tensors and plain values are loaded: no code in the file is ever run.
     """
-    if not Path(path).is_file():
-        sys.exit(f"no checkpoint {path}: train one with python train.py")
+    path, old = Path(path), Path(path).with_suffix(".old.pt")
+    if not path.is_file():
+        hint = f"{old} is there, rename it" if old.is_file() else "train one with python train.py"
+        sys.exit(f"no checkpoint {path}: {hint}")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    model = GPT(GPTConfig(**state.pop("config")))
+    config = state.pop("config")
+    unknown = config.keys() - {field.name for field in fields(GPTConfig)}
+    if unknown:
+        sys.exit(f"{path} is of a fork, whose models have {', '.join(unknown)}: use its code")
+    model = GPT(GPTConfig(**config))
     model.load_state_dict(state.pop("model"))
     return model.to(device), state
 
 
-# ---- OpenAI's weights ----
+# ---- weights from elsewhere ----
 
-def from_pretrained(shape, weights, **overrides):
-    """Return the GPT-2 that read_gpt2 has read, in any loop layout.
+def load_pretrained(path):
+    """Return the model of a file: OpenAI's GPT-2 as model.safetensors, or our own ckpt.pt.
 
-    overrides are GPTConfig's fields, such as n_loop or a shorter block_size. Gates start at 1 for
-    the first loop and at 0 for the others, so with them a looped GPT-2 starts as GPT-2 exactly.
+    A model.safetensors is one of OpenAI's four or of their architecture: attention heads 64 wide,
+    scores scaled by 1/sqrt(64) in every block, gelu by tanh, the GPT-2 vocabulary. The file does
+    not state the first three, so they are assumed. Exits if it is something else.
     """
-    model = GPT(GPTConfig(**(shape | overrides)))
-    weights = weights | {"wpe.weight": weights["wpe.weight"][:model.config.block_size]}
-    if model.gates is not None:
-        weights["gates"] = torch.zeros_like(model.gates)
-        weights["gates"][:, 0] = 1
-    model.load_state_dict(weights)
-    return model
-
-
-def read_gpt2(path):
-    """Return (shape, weights) of a model.safetensors: GPTConfig's fields, and GPT's state_dict.
-
-    It is meant for OpenAI's four and for models of their architecture: attention heads 64 wide,
-    scores scaled by 1/sqrt(64) in every block, gelu by tanh. The file does not state these, so
-    they are assumed. Exits if there is an lm_head.weight other than wte.weight.
-    """
+    if Path(path).suffix == ".pt":
+        return load_checkpoint(path)[0]
     weights = {}
     masks = (".attn.bias", ".attn.masked_bias")     # causal masks, despite their name
     for name, t in read_safetensors(path).items():
@@ -393,25 +433,50 @@ def read_gpt2(path):
         if not name.endswith(masks):
             # OpenAI's matrices are (in, out), nn.Linear's (out, in)
             weights[name] = t.t() if name.startswith("h.") and t.dim() == 2 else t
-    head = weights.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, weights["wte.weight"]):
-        sys.exit(f"{path} has an lm_head.weight other than wte.weight: it is not a GPT-2")
-    vocab_size, n_embd = weights["wte.weight"].shape
-    n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("h."))
-    shape = dict(vocab_size=vocab_size, n_embd=n_embd, n_head=n_embd // 64, n_layer=n_layer,
-                 block_size=len(weights["wpe.weight"]), bias="ln_f.bias" in weights)
-    return shape, weights
+    wte, wpe = (weights.get(name, torch.empty(0, 1)) for name in ("wte.weight", "wpe.weight"))
+    n_embd = wte.size(1)
+    blocks = {name.split(".")[1] for name in weights if name.startswith("h.")}
+    head = weights.pop("lm_head.weight", wte)
+    model = None
+    if len(wte) == 50257 and n_embd % 64 == 0 and blocks and torch.equal(head, wte):
+        model = GPT(GPTConfig(len(wpe), len(wte), len(blocks), n_embd // 64, n_embd,
+                              bias="ln_f.bias" in weights))
+    shapes = {name: p.shape for name, p in model.state_dict().items()} if model else None
+    if shapes != {name: t.shape for name, t in weights.items()}:
+        sys.exit(f"{path} is not a GPT-2: name a ckpt.pt of train.py, or a model.safetensors of "
+                 "OpenAI's architecture (heads 64 wide, 50257 tokens, the head tied to wte)")
+    model.load_state_dict(weights)
+    return model
+
+
+def change_layout(model, config):
+    """Return a model of another config with the weights of model: more loops, a shorter context.
+
+    New gates start at 1 for the first loop and at 0 for the others, so with them a looped GPT-2
+    starts as GPT-2 exactly.
+    """
+    weights = model.state_dict()
+    weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
+    model = GPT(config)
+    if model.gates is not None and "gates" not in weights:
+        weights["gates"] = torch.zeros_like(model.gates)
+        weights["gates"][:, 0] = 1
+    model.load_state_dict(weights)
+    return model
 
 
 def read_safetensors(path):
     """Return {name: tensor}. The file: 8 bytes with the length of a header, the header, the data.
 
     The header is JSON, {name: {dtype, shape, data_offsets}}, the offsets count from its end.
+    Returns {} for a file of another kind.
     """
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
               "U8": torch.uint8, "BOOL": torch.bool}
     file = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
     start = 8 + int.from_bytes(file[:8].numpy().tobytes(), "little")
+    if start > len(file):
+        return {}
     header = json.loads(file[8:start].numpy().tobytes())
     header.pop("__metadata__", None)
     tensors = {}

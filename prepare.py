@@ -12,8 +12,9 @@ Every source is a stream of documents, and every document goes the same way:
     documents -> train or val -> tokens, on all cores -> train.bin, val.bin
 
 A file is one document, or several with <|endoftext|> between them. Memory holds 200 documents at a
-time, so a source may be larger than memory. Downloads are kept in ~/.cache/loop-gpt2: after an
-interruption the same command completes them.
+time, so a source may be larger than memory. What data/ held is replaced at the end, when all has
+been written. Downloads are kept in ~/.cache/loop-gpt2: after an interruption the same command
+completes them.
 """
 import argparse
 import hashlib
@@ -25,6 +26,7 @@ import re
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import time
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -39,7 +41,6 @@ from urllib3.util import Retry
 EOT = "<|endoftext|>"
 TOKENIZERS = ("byte", "gpt2")
 SPLITS = ("train", "val")
-DATA_DIRS = {"arrows": "data-arrows"}   # where a source goes, if not to data
 
 
 # ---- from documents to tokens ----
@@ -53,7 +54,7 @@ def get_tokenizer(name):
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # no network, or a damaged download
-        sys.exit(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): "
+        sys.exit(f"GPT-2's vocabulary could not be downloaded ({error}): "
                  "connect once, or train on bytes: python prepare.py --tokenizer=byte")
 
 
@@ -63,17 +64,13 @@ def split_documents(documents, one_in):
     No document should stand in both splits, and the order of files should not matter. So the hash
     of its text decides: one document in `one_in` is for validation. A source of fewer than 100
     documents is too small for that. There each document is cut at 90%, and EOTs stand between the
-    parts. Exits if that is too little text to train on.
+    parts.
     """
     documents = (text for text in documents if text.strip())
     first = list(itertools.islice(documents, 100))
     if len(first) < 100:
-        train = EOT.join(text[:len(text) * 9 // 10] for text in first)
-        val = EOT.join(text[len(text) * 9 // 10:] for text in first)
-        if min(len(train), len(val)) < 2:
-            sys.exit("too little text for training and validation: name a longer source")
-        yield "train", train
-        yield "val", val
+        yield "train", EOT.join(text[:len(text) * 9 // 10] for text in first)
+        yield "val", EOT.join(text[len(text) * 9 // 10:] for text in first)
         return
     for text in itertools.chain(first, documents):
         number = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
@@ -84,8 +81,9 @@ def token_stream(source, tokenizer, shards):
     """Yield (split, ids) for all of a source, ids (n,) in uint16."""
     if source == "openwebtext":
         documents, one_in = read_openwebtext(shards), 2000
-    elif source == "arrows":
-        documents, one_in = make_arrows(100_000), 10
+    elif source in PUZZLES:
+        make, count = PUZZLES[source]
+        documents, one_in = make(count), 10
     else:
         documents, one_in = read_files(source), 10
     encode = partial(tokenizer.encode_to_numpy, allowed_special={EOT})
@@ -100,28 +98,29 @@ def token_stream(source, tokenizer, shards):
 def write_data(folder, source, tokenizer, shards):
     """Write a source's tokens to folder, and return what meta.json says of them.
 
-    meta.json is deleted first and written last: without it there is no data yet.
+    They are written beside and renamed, meta.json last: a training that reads the old files goes on
+    with them, and whatever fails here leaves them. Exits if a split has too little text.
     """
-    lengths = np.zeros(tokenizer.n_vocab, np.int64)     # of each token in bytes; EOT is no text
+    lengths = np.zeros(tokenizer.n_vocab, np.uint8)     # of each token in bytes; EOT is no text
     for i in range(tokenizer.eot_token):
         lengths[i] = len(tokenizer.decode_single_token_bytes(i))
     meta = {"dataset": source, "tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab}
     meta |= {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
-    sha256 = {split: hashlib.sha256() for split in SPLITS}
-    stream = token_stream(source, tokenizer, shards)
-    first = next(stream)    # a missing or short source exits here, before the old data is touched
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        files = {"train": train, "val": val}
-        for split, ids in itertools.chain([first], stream):
-            files[split].write(ids.tobytes())
-            sha256[split].update(ids.tobytes())
-            meta[split]["tokens"] += len(ids)
-            meta[split]["bytes"] += int(lengths[ids].sum())
-    for split in SPLITS:
-        meta[split]["sha256"] = sha256[split].hexdigest()
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as beside:
+        paths = {split: Path(beside, f"{split}.bin") for split in SPLITS}
+        with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
+            for split, ids in token_stream(source, tokenizer, shards):
+                (train if split == "train" else val).write(ids.tobytes())
+                meta[split]["tokens"] += len(ids)
+                meta[split]["bytes"] += int(lengths[ids].sum())
+        for split, path in paths.items():
+            if meta[split]["tokens"] < 2:
+                sys.exit(f"{source} has too little text for {path.name}: name a longer source")
+            meta[split]["sha256"] = sha256_of(path)
+        Path(beside, "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        for name in ("train.bin", "val.bin", "meta.json"):
+            os.replace(Path(beside, name), folder / name)
     return meta
 
 
@@ -129,7 +128,7 @@ def load_data(data_dir):
     """Return (train, val, meta): read-only uint16 arrays that stay on disk, and meta.json."""
     folder = Path(data_dir)
     if not (folder / "meta.json").is_file():
-        source = " arrows" if data_dir == DATA_DIRS["arrows"] else ""
+        source = "".join(f" {name}" for name in PUZZLES if data_dir == f"data-{name}")
         sys.exit(f"no data in {data_dir}: run python prepare.py{source} --data_dir={data_dir}")
     meta = json.loads((folder / "meta.json").read_text())
     arrays = [np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS]
@@ -161,17 +160,34 @@ def find_files(source):
 
 
 def read_files(source):
-    """Yield the documents of a file, or of a folder without the files that are no text."""
-    files, left_out = find_files(source), 0
+    """Yield the documents of a file, or of a folder without the files that are not text."""
+    files, left_out = find_files(source), []
     for path in files:
         try:
+            check_text(path)
+        except (OSError, UnicodeError) as error:
+            left_out.append(f"{path} ({error})")
+        else:
             yield from read_documents(path)
-        except UnicodeError as error:
-            if len(files) == 1:
-                sys.exit(f"{path} is no text in UTF-8 ({error}): convert it, or name another file")
-            left_out += 1
+    if left_out and len(files) == 1:
+        sys.exit(f"not UTF-8 text: {left_out[0]}: convert it, or name another file")
     if left_out:
-        print(f"left out {left_out} files that are no text in UTF-8", file=sys.stderr)
+        print(f"left out {len(left_out)} of {len(files)} files, which are not UTF-8 text or cannot "
+              f"be read, the first: {left_out[0]}", file=sys.stderr)
+
+
+def check_text(path):
+    """Raise UnicodeError, with the position, if a file is not UTF-8 text; OSError if unreadable."""
+    begin = 0
+    with open(path, "rb") as file:
+        for line in file:   # no character goes on after the end of a line
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise UnicodeError(f"{error.reason} at {begin + error.start:,}") from None
+            if b"\0" in line:
+                raise UnicodeError(f"zero byte at {begin + line.index(0):,}")
+            begin += len(line)
 
 
 def read_documents(path):
@@ -179,8 +195,6 @@ def read_documents(path):
     rest = ""  # the start of a document that goes on in the next block
     with open(path, encoding="utf-8", newline="") as file:
         while block := file.read(1 << 24):
-            if "\0" in block:
-                raise UnicodeError("it holds a zero byte")
             *documents, rest = (rest + block).split(EOT)
             yield from documents
     yield rest
@@ -216,11 +230,19 @@ def make_arrows(count, chains=None, seed=0):
                + "".join(f"{start}>{ends[start]}" for start in questions))
 
 
+# {name: (generator, number of documents)}. Their tokens go to data-{name}, all others to data.
+PUZZLES = {"arrows": (make_arrows, 100_000)}
+
+
 def read_openwebtext(shards):
     """Yield the documents of its tars, which hold .xz files that are tars of .txt files."""
     for i in range(shards):
         path = download(OPENWEBTEXT.format(i))
         print(f"reading {path.name}, {i + 1} of {shards}", file=sys.stderr)
+        if not tarfile.is_tarfile(path):    # a login page, say
+            path.unlink()
+            sys.exit(f"{OPENWEBTEXT.format(i)} gave something that is no tar: it is deleted, run "
+                     "the same command again where the address can be reached")
         with tarfile.open(path, "r:") as subset:
             for member in subset:
                 if not member.isfile() or not member.name.endswith(".xz"):
@@ -252,11 +274,12 @@ GPT2_FILES = {  # name: (revision, sha256)
 }
 
 
-def find_gpt2(name_or_path):
-    """Return the path of a model.safetensors: OpenAI's by name, downloaded, or the path itself."""
+def find_weights(name_or_path):
+    """Return the path of a model's file: OpenAI's by name, downloaded, or the path itself."""
     if name_or_path not in GPT2_FILES:
         if not Path(name_or_path).is_file():
-            sys.exit(f"no file {name_or_path}: name a model.safetensors or {', '.join(GPT2_FILES)}")
+            sys.exit(f"no file {name_or_path}: name a model.safetensors, a ckpt.pt or one of "
+                     f"{', '.join(GPT2_FILES)}")
         return Path(name_or_path)
     revision, sha256 = GPT2_FILES[name_or_path]
     hint = "without a network name a model.safetensors that you have"
@@ -269,29 +292,37 @@ def download(url, sha256=None, hint="run the same command again to go on"):
     A broken connection is resumed, now or by the next call. Exits with one line, which ends in
     hint, if the file cannot be downloaded or has another sha256.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loop-gpt2"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):   # there is no home
+        cache = tempfile.gettempdir()
+    cache = Path(cache, "loop-gpt2")
     path = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(url).name}"
     part = path.with_name(path.name + ".part")
-    while int(os.environ.get("LOCAL_RANK", 0)) > 0 and not path.exists():
+    waits = "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0"
+    while waits and not path.exists():
         time.sleep(1)  # under torchrun, only the first process downloads
     if path.exists():
         return path
     print(f"downloading {url} to {path}", file=sys.stderr)
-    cache.mkdir(parents=True, exist_ok=True)
     try:
+        cache.mkdir(parents=True, exist_ok=True)
         while not fetch(url, part):
             print("the connection broke, going on", file=sys.stderr)
-    except requests.RequestException as error:
-        sys.exit(f"{url} could not be downloaded ({type(error).__name__}): {hint}")
-    digest = hashlib.sha256()
-    with open(part, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if sha256 is not None and digest.hexdigest() != sha256:
+    except OSError as error:    # no network, no certificates, a full disk, ..
+        sys.exit(f"{url} could not be downloaded ({error}): {hint}")
+    if sha256 is not None and sha256_of(part) != sha256:
         part.unlink()
-        sys.exit(f"{url} has the sha256 {digest.hexdigest()}, expected {sha256}: {hint}")
+        sys.exit(f"{url} has another sha256 than {sha256}: {hint}")
     os.replace(part, path)
     return path
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def fetch(url, part):
@@ -327,34 +358,33 @@ def fetch(url, part):
 
 # ---- the command line ----
 
-def make_parser(description, prog=None):
-    """argparse, which shows defaults in its help and tells a mistake in one line."""
+def make_parser(description, prog=None, **options):
+    """argparse, which shows defaults in its help and reports an error in one line."""
+    sys.stdout.reconfigure(errors="replace")    # for a terminal that is not UTF-8
     return argparse.ArgumentParser(
         prog, usage=argparse.SUPPRESS, description=description, allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
 
 
 def main():
     parser = make_parser("Write a text as tokens for train.py.")
     add = parser.add_argument
     add("source", nargs="?", default="pystdlib",
-        help="pystdlib, arrows, shakespeare, openwebtext, a text file or a folder")
+        help=f"pystdlib, {', '.join(PUZZLES)}, shakespeare, openwebtext, a text file or a folder")
     add("--tokenizer", choices=TOKENIZERS, help="None: gpt2 for openwebtext, byte for the others")
     add("--shards", type=int, choices=range(1, 22), default=21, metavar="1..21",
         help="how many files of openwebtext")
-    add("--data_dir", help="the folder to write; None: data-arrows for arrows, data for the others")
+    add("--data_dir", help="the folder to write; None: data, or data-arrows for arrows")
     args = parser.parse_args()
-    data_dir = args.data_dir or DATA_DIRS.get(args.source, "data")
-    usual = "gpt2" if args.source == "openwebtext" else "byte"
-    tokenizer = get_tokenizer(args.tokenizer or usual)
-    meta = write_data(Path(data_dir), args.source, tokenizer, args.shards)
+    data_dir = args.data_dir or (f"data-{args.source}" if args.source in PUZZLES else "data")
+    if Path(data_dir).is_file():
+        parser.error(f"--data_dir={data_dir} is a file: name a folder")
+    tokenizer = args.tokenizer or ("gpt2" if args.source == "openwebtext" else "byte")
+    meta = write_data(Path(data_dir), args.source, get_tokenizer(tokenizer), args.shards)
     for split in SPLITS:
         tokens, size = meta[split]["tokens"], meta[split]["bytes"]
         print(f"{data_dir}/{split}.bin: {tokens:,} tokens of {size / 1e6:.1f} MB of text")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped: the same command goes on with the downloads")
+    main()

@@ -1,0 +1,362 @@
+"""
+What models learn when they are trained side by side: the tables and pictures of results/.
+
+    python results/study.py default --sweep                     an experiment: see EXPERIMENTS
+    python results/study.py "--n_loop=4" "--n_loop=4 --bias"    any models, by train.py's flags
+    python results/study.py curves out out-2                    the curves of several runs
+
+Every model gets the same data, with the same seed in the same order, and the same evaluation.
+--sweep finds each its own learning rate: it tries rates a factor of two apart, with seed 0, until
+the best lies between two others, in at most 12 trials. The best has the lowest validation loss; for
+the puzzle, the fewest wrong answers in the table, after 8 loops. All trials are recorded.
+
+A run in out-study/ that is finished is not repeated, an interrupted one goes on. Its folder's name
+holds a hash of its flags, its data, and the code of model.py and train.py.
+"""
+import hashlib
+import json
+import os
+import queue
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import train
+from bench import BLIND, device_name, draw_answers, print_answers, right_answers, save_picture
+from model import load_checkpoint, pick_device
+from prepare import load_data, make_parser
+
+NARROW = "--n_embd=32"
+GPT2 = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
+        "--eval_iters=640 --eval_interval=10000")
+# {experiment: {label: flags of train.py}}. --compute_of=LABEL gives a model as many FLOPs.
+EXPERIMENTS = {
+    "default": {    # equal data, then equal compute, where lower rates are better
+        "1 loop": "--n_loop=1",
+        "2 loops": "--n_loop=2",
+        "4 loops": "--n_loop=4",
+        "6 loops": "--n_loop=6",
+        "1 loop, compute of 6": "--n_loop=1 --learning_rate=2e-3 --compute_of='6 loops'",
+        "2 loops, compute of 6": "--n_loop=2 --learning_rate=4e-3 --compute_of='6 loops'",
+        "4 loops, compute of 6": "--n_loop=4 --compute_of='6 loops'",
+    },
+    "compute": {    # five budgets
+        f"{n} x, {flops} FLOPs": f"{NARROW} --n_loop={n} --target_flops={flops}"
+        for flops in ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12") for n in (1, 2, 4, 6)
+    },
+    "variants": {   # of the equation, beside one loop; again with --optimizer=adamw
+        "1 loop": "--n_loop=1",
+        **{residual: f"--n_loop=6 --residual={residual}" for residual in train.RESIDUALS},
+    },
+    "pairs": {      # the paper's two pairs, small, with both loop orders and controls
+        "4 blocks": f"{NARROW} --n_layer=4",
+        "2 blocks x 3": f"{NARROW} --n_layer=2 --n_loop=3",
+        "2 blocks x 3, each in turn": f"{NARROW} --n_layer=2 --n_loop=3 --loop_order=block",
+        "6 blocks": f"{NARROW} --n_layer=6",
+        "4 blocks, compute of 2 x 3": f"{NARROW} --n_layer=4 --compute_of='2 blocks x 3'",
+        "1 block": f"{NARROW} --n_layer=1",
+        "1 block x 2": f"{NARROW} --n_layer=1 --n_loop=2",
+        "2 blocks": f"{NARROW} --n_layer=2",
+        "1 block, compute of 1 x 2": f"{NARROW} --n_layer=1 --compute_of='1 block x 2'",
+    },
+    "paper": {      # pairs at GPT-2's width and vocabulary, for one GPU
+        "12 blocks": f"--preset=gpt2-124m {GPT2}",
+        "6 blocks x 6": f"--preset=gpt2-81m-loop {GPT2}",
+        "6 blocks x 6, no gate": f"--preset=gpt2-81m-loop --residual=sum {GPT2}",
+        "36 blocks": f"--preset=gpt2-124m --n_layer=36 {GPT2}",
+        "1 block": f"--preset=gpt2-45m {GPT2}",
+        "1 block x 2": f"--preset=gpt2-45m-loop {GPT2}",
+        "1 block x 2, no gate": f"--preset=gpt2-45m-loop --residual=sum {GPT2}",
+        "2 blocks": f"--preset=gpt2-45m --n_layer=2 {GPT2}",
+    },
+    "arrows": {     # the puzzle, and its controls with equal compute, at good rates
+        "six loops": "--preset=arrows",
+        "six blocks": "--preset=arrows --n_layer=6 --n_loop=1 --learning_rate=8e-3",
+        "one forward pass": "--preset=arrows --n_loop=1 --compute_of='six loops'",
+    },
+    "arrows-sum": {     # the puzzle without a gate, then with loops drawn from 1 to 6
+        "no gate": "--preset=arrows --residual=sum",
+        "no gate, 1 to 6": "--preset=arrows --residual=sum --n_loop_min=1 --compute_of='no gate'",
+    },
+}
+
+
+# ---- one run, one model ----
+
+def get_models(texts, extra):
+    """{label: flags} from {label: text}: --compute_of=LABEL becomes --target_flops."""
+    models = {}
+    for label, text in texts.items():
+        flags = shlex.split(text)
+        if flags[-1].startswith("--compute_of="):
+            as_label = flags.pop().removeprefix("--compute_of=")
+            args, *_ = train.get_args(models[as_label])
+            flops, step_tokens = train.get_cost(args, load_data(args.data_dir)[2])
+            flags.append(f"--target_flops={flops * step_tokens * args.max_steps:.6g}")
+        models[label] = [*flags, *extra]
+    return models
+
+
+def train_run(label, flags, data_sha256, gpus, rate, seed):
+    """Return the last line of train.py with these flags, as a dict. Its val_loss may be None."""
+    flags = [*flags, f"--learning_rate={rate:g}", f"--seed={seed}"]
+    args, *_ = train.get_args(flags)
+    code = [(HERE.parent / name).read_text() for name in ("model.py", "train.py")]
+    key = hashlib.sha256(json.dumps([vars(args), data_sha256, code]).encode()).hexdigest()[:12]
+    folder = Path("out-study") / f"{args.n_layer}x{args.n_loop}-{key}"
+    path = folder / "result.json"
+    earlier = ", from an earlier run" if path.exists() else ""
+    if not earlier:
+        resumed = (folder / "ckpt.pt").exists()
+        result = run_train_py(["--resume"] if resumed else flags, folder, gpus)
+        if args.preset == "arrows" and result["val_loss"] is not None:
+            model, _ = load_checkpoint(folder / "ckpt.pt")
+            result["right"] = right_answers(model, 16 if args.n_loop > 1 else 1)
+        path.with_suffix(".tmp").write_text(json.dumps(result))
+        path.with_suffix(".tmp").rename(path)
+        for checkpoint in folder.glob("*.pt"):
+            checkpoint.unlink()  # large, and no longer needed
+    result = json.loads(path.read_text())
+    outcome = "diverged" if result["val_loss"] is None else f"{score(result):.4f}"
+    print(f"{label:<26} rate {rate:g}, seed {seed}: {outcome}  ({folder}{earlier})", flush=True)
+    return result
+
+
+def run_train_py(flags, folder, gpus):
+    """Run train.py in a process of its own, on one GPU or one CPU core. Return its last line.
+
+    That line is JSON also if the training diverged. What it printed stays in folder/out.txt.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    gpu = gpus.get() if gpus else None
+    one = {"OMP_NUM_THREADS": "1"} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    command = [sys.executable, HERE.parent / "train.py", *flags, f"--out_dir={folder}"]
+    with open(folder / "out.txt", "a+") as out:
+        subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | one)
+        out.seek(0)
+        results = [line for line in out if line.startswith("{")]
+    if gpus:
+        gpus.put(gpu)
+    if not results:
+        sys.exit(f"the run in {folder} failed, see its out.txt")
+    return json.loads(results[-1])
+
+
+def after_loop_8(table):
+    """The row of right_answers that a model is judged by. A model without a loop has one only."""
+    return table[:8][-1]
+
+
+def score(run):
+    """What decides between learning rates, less is better: None if the run diverged.
+
+    The puzzle's validation loss would not do. It is of 0 to 4 steps, which are nearly all right at
+    several rates. So there it is the share of wrong answers of 0 to 9 steps.
+    """
+    return 1 - np.mean(after_loop_8(run["right"])) if "right" in run else run["val_loss"]
+
+
+def study_model(train_at, flags, seeds, sweep):
+    """Find the learning rate of a model, then train all seeds: train_at(rate, seed) is a run.
+
+    The spread is half the distance between the best and the worst seed.
+    """
+    best = train.get_args(flags)[0].learning_rate
+    trials = {}  # {rate: score at seed 0, None if it diverged}
+    while sweep and len(trials) < 12:   # a limit, should no rate lie between two worse ones
+        untried = [rate for rate in (best, best / 2, best * 2) if rate not in trials]
+        if not untried:
+            break   # the best lies between two others
+        trials[untried[0]] = score(train_at(untried[0], 0))
+        finite = [rate for rate in trials if trials[rate] is not None]
+        best = min(finite, key=trials.get) if finite else min(trials)
+    runs = [train_at(best, seed) for seed in range(seeds)]
+    losses = [run["val_loss"] for run in runs if run["val_loss"] is not None]
+    return {"flags": shlex.join(flags), "learning_rate": best, "runs": runs,
+            "mean": np.mean(losses) if losses else None,
+            "spread": (max(losses) - min(losses)) / 2 if losses else None,
+            "trials": {f"{rate:g}": trials[rate] for rate in sorted(trials)}}
+
+
+# ---- many models ----
+
+def get_args(argv):
+    """Return (args, texts, extra): texts is {label: flags}, extra are flags for all models."""
+    parser = make_parser(__doc__.strip().splitlines()[0], "study.py")
+    add = parser.add_argument
+    add("--name", help="of the files in results/; None: made of the experiment and the flags")
+    add("--seeds", type=train.positive, default=3, help="number of seeds, from 0 on")
+    add("--sweep", action="store_true", help="find a learning rate for each model")
+    add("--workers", type=train.positive, help="runs at once; None: one for each GPU or core")
+    args, rest = parser.parse_known_args(argv)
+    given = [part for part in rest if part in EXPERIMENTS]
+    several = [part for part in rest if " " in part]
+    if given:
+        texts, extra = EXPERIMENTS[given[0]], [part for part in rest if part != given[0]]
+    else:
+        texts, extra = {part: part for part in rest}, []
+    ours = [part for part in rest for name in ("--seed", "--out_dir", "--resume")
+            if re.search(rf"(^| ){name}( |=|$)", part)]
+    if ours:
+        parser.error(f"{ours[0]}: study.py chooses seeds and folders itself, see --seeds")
+    if not texts or (given and several) or not all(part.startswith("-") for part in extra):
+        parser.error(f"name an experiment ({', '.join(EXPERIMENTS)}) or the flags of models")
+    return args, texts, extra
+
+
+def study(argv):
+    """Train the models that the command line names. Write their table and picture to results/."""
+    args, texts, extra = get_args(argv)
+    parts = [args.name or next((name for name in EXPERIMENTS if name in argv), "models")]
+    parts += ["sweep"] * args.sweep + [f"seeds={args.seeds}"] * (args.seeds != 3)
+    parts += [flag.lstrip("-") for flag in extra if not args.name]
+    name = re.sub(r"[^A-Za-z0-9=._-]+", "_", "-".join(parts))[:100]     # before hours of training
+    path = Path("results") / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+
+    models = get_models(texts, extra)
+    base, *_ = train.get_args(next(iter(models.values())))
+    _, _, meta = load_data(base.data_dir)
+    device = pick_device(base.device)
+    count = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
+    gpus = queue.Queue() if device.type == "cuda" else None
+    for gpu in range(count if gpus else 0):
+        gpus.put(gpu)
+    workers = args.workers or count
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = {label: pool.submit(study_model, partial(train_run, label, flags,
+                                   meta["train"]["sha256"], gpus), flags, args.seeds, args.sweep)
+                for label, flags in models.items()}
+    rows = {label: job.result() for label, job in jobs.items()}
+
+    setting = (f"{meta['dataset']}, {meta['train']['tokens']:,} {meta['tokenizer']} tokens; "
+               f"{workers} x {device_name(device)}, torch {torch.__version__}")
+    print_table(setting, rows)
+    path.write_text(json.dumps({"setting": setting, "command": ["results/study.py", *argv],
+                                "data": meta, "models": rows}, indent=1) + "\n")
+    print(f"written: {path}")
+    rows = {label: row for label, row in rows.items() if finished(row)}
+    gated = {label: row for label, row in rows.items() if finished(row)[0]["gates"]}
+    if rows and base.preset == "arrows":
+        show_answers(rows, base.n_loop, path.with_suffix(".png"))
+    elif parts[0] == "compute":
+        save_picture(path.with_suffix(".png"), draw_differences, rows)
+    elif gated:
+        save_picture(path.with_suffix(".png"), draw_gates, gated)
+
+
+def finished(row):
+    """The runs of a model that did not diverge."""
+    return [run for run in row["runs"] if run["val_loss"] is not None]
+
+
+# ---- tables and pictures ----
+
+def print_table(setting, rows):
+    print(f"\n{setting}\n{'model':<26} {'params':>8} {'tokens':>8} {'/param':>6} {'TFLOPs':>9} "
+          f"{'minutes':>7} {'rate':>7} {'val loss':>8} {'+-':>6}")
+    for label, row in rows.items():
+        runs = finished(row)
+        failed = len(row["runs"]) - len(runs)
+        note = f"  {failed} diverged" if failed else ""
+        if not runs:
+            print(label + note)
+            continue
+        minutes = sum(run["seconds"] for run in runs) / len(runs) / 60
+        params, tokens, flops = (runs[0][name] for name in ("params", "tokens", "flops"))
+        print(f"{label:<26} {params / 1e6:7.3f}M {tokens / 1e6:7.2f}M {tokens / params:6.0f} "
+              f"{flops / 1e12:9.2f} {minutes:7.1f} {row['learning_rate']:7g} "
+              f"{row['mean']:8.4f} {row['spread']:6.4f}{note}")
+
+
+def show_answers(rows, trained_loops, path):
+    """Print each model's right answers after loop 8, the mean of its seeds.
+
+    Draw the first model loop by loop, and the others' rows below it.
+    """
+    tables = {label: np.mean([run["right"] for run in finished(row)], axis=0)
+              for label, row in rows.items()}
+    ends = {f"{label}, loop 8" if len(table) > 1 else label: after_loop_8(table)
+            for label, table in tables.items()}
+    print_answers(ends)
+    others = list(ends)[1:]
+    below = {label: ends[label] for label in others} | {"a blind guess": BLIND}
+    save_picture(path, draw_answers, tables[next(iter(rows))], trained_loops, below)
+
+
+def draw_differences(axes, rows):
+    """Draw each loss minus that of one loop with the same compute, which comes before it in rows.
+
+    The bars are the spreads of the seeds.
+    """
+    lines = {}  # {n_loop: points}
+    for row in rows.values():
+        run = finished(row)[0]
+        n_loop = len(run["loop_losses"])
+        if n_loop == 1:
+            base, tokens_per_parameter = row["mean"], run["tokens"] / run["params"]
+        point = (tokens_per_parameter, row["mean"] - base, row["spread"])
+        lines.setdefault(n_loop, []).append(point)
+    for n_loop, points in lines.items():
+        x, y, spreads = zip(*points, strict=True)
+        axes.errorbar(x, y, spreads, fmt="o-", capsize=3, label=f"n_loop = {n_loop}")
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xticks(x, [f"{tokens:,.0f}" for tokens in x])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="tokens per parameter that one loop reads with this compute",
+             ylabel="validation loss minus that of one loop, nats",
+             title="below the black line, loops are the better use of the compute")
+    axes.legend()
+
+
+def draw_gates(axes, rows):
+    """Draw the gates over the loops: a colour for each model, a line for each seed and group."""
+    for i, (label, row) in enumerate(rows.items()):
+        lines = [gates for run in finished(row) for gates in run["gates"]]
+        for gates in lines:
+            name = label if gates is lines[0] else None     # one entry in the legend
+            axes.plot(range(1, len(gates) + 1), gates, "o-", color=f"C{i}", label=name)
+    axes.set(xlabel="loop", ylabel="gate, mean over the channels", title="the gates after training")
+    axes.legend()
+
+
+def curves(folders):
+    """Draw the losses that train.py has logged in each folder, to curves.png."""
+    if not folders:
+        sys.exit("name folders with a log.jsonl: python results/study.py curves out out-2")
+    save_picture("curves.png", draw_curves, folders)
+
+
+def draw_curves(axes, folders):
+    """Draw the training loss as a line, the validation loss as dots: a colour for each folder."""
+    for i, folder in enumerate(folders):
+        lines = [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
+        records = {record["step"]: record for record in lines}  # a resumed run repeats some steps
+        for name, style in (("loss", "-"), ("val_loss", "o")):
+            points = [(step, record[name]) for step, record in records.items() if name in record]
+            label = folder if name == "val_loss" else None      # one entry in the legend
+            axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label)
+    axes.set(xlabel="step", ylabel="loss, nats", title="line: training, dots: validation")
+    axes.legend()
+
+
+def main():
+    command, *rest = sys.argv[1:] or ["--help"]
+    try:
+        curves(rest) if command == "curves" else study([command, *rest])
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the same command goes on where it was")
+
+
+if __name__ == "__main__":
+    main()

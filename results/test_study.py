@@ -1,0 +1,160 @@
+"""What is true of study.py: runs go on, each model is tuned, nothing is mixed up in silence."""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import study
+import train
+from matplotlib.figure import Figure
+from model import RESIDUALS
+from test_model import finish, start
+
+SCRIPT = str(Path(study.__file__))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    lines = "".join(f"{i} times {i + 1} is {i * (i + 1)}.\n" for i in range(2000))
+    (folder / "text.txt").write_text(lines)
+    finish("prepare.py", "text.txt", cwd=folder)
+    return f"--data_dir={folder / 'data'}"
+
+
+def test_a_study_goes_on_where_it_was_stopped(data, tmp_path):
+    command = [SCRIPT, "variants", "--seeds=1", "--max_steps=30", data, "--block_size=32"]
+    process = start(*command, cwd=tmp_path, start_new_session=True)
+    next(line for line in process.stdout if "seed 0:" in line)  # one model is finished
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert finished and not list(tmp_path.glob("results/*"))
+    out = finish(*command, cwd=tmp_path)
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())  # not run again
+    assert len(re.findall("from an earlier run", out)) == len(finished)
+    path = next((tmp_path / "results").glob("variants-seeds=1-max_steps=30*.json"))
+    models = json.loads(path.read_text())["models"]
+    assert list(models) == ["1 loop", *RESIDUALS]
+    for label, row in models.items():
+        assert row["mean"] == row["runs"][0]["val_loss"]
+        assert f"\n{label:<26}" in out and f"{row['mean']:.4f}" in out
+    flags = ["--n_loop=6", "--residual=sum", *command[3:]]
+    alone = json.loads(finish("train.py", *flags, cwd=tmp_path).splitlines()[-1])
+    assert alone["val_loss"] == models["sum"]["mean"]
+
+
+def test_any_models_side_by_side_and_a_change_of_the_code_runs_them_again(data, tmp_path):
+    code = tmp_path / "clone"
+    (code / "results").mkdir(parents=True)
+    for path in [*Path(SCRIPT).parents[1].glob("*.py"), Path(SCRIPT)]:
+        (code / path.relative_to(Path(SCRIPT).parents[1])).write_bytes(path.read_bytes())
+    models = [f"--n_loop={n} --max_steps=3 {data}" for n in (1, 2)]
+    command = [sys.executable, str(code / "results/study.py"), *models, "--seeds=1", "--workers=1"]
+    outs = []
+    for old, new in (("", ""), ("", ""), ("return y  ", "return y * 2")):
+        text = (code / "model.py").read_text()
+        (code / "model.py").write_text(text.replace(old, new))
+        outs.append(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout)
+    assert ["from an earlier run" in out for out in outs] == [False, True, False]
+    assert f"\n{outs[0]}".count("\n--n_loop") == 4     # two lines of progress, two of the table
+    kept = next((tmp_path / "out-study").glob("*/out.txt")).read_text()
+    assert "step 3/3 | loss" in kept
+    finish(SCRIPT, "curves", *(tmp_path / "out-study").glob("1x*"), cwd=tmp_path)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags", ["default --seed=5", "default --out_dir=x", "x", "default x"])
+def test_what_a_study_cannot_use_it_refuses(flags, tmp_path):
+    err = finish(SCRIPT, *flags.split(), cwd=tmp_path, code=2)
+    assert len(err.splitlines()) == 1 and ("study.py" in err or "name an experiment" in err)
+
+
+def test_experiments_of_equal_compute_have_equal_compute(data):
+    folder = data.removeprefix("--data_dir=")
+
+    def flops(flags):
+        args, *_ = train.get_args(flags)
+        each, step_tokens = train.get_cost(args, {"vocab_size": 257})
+        return args.target_flops or each * step_tokens * args.max_steps
+    for name, equal in (("default", ["6 loops", "1 loop, compute of 6", "4 loops, compute of 6"]),
+                        ("pairs", ["2 blocks x 3", "4 blocks, compute of 2 x 3"]),
+                        ("arrows", ["six loops", "six blocks", "one forward pass"])):
+        models = study.get_models(study.EXPERIMENTS[name], [f"--data_dir={folder}"])
+        costs = [flops(models[label]) for label in equal]
+        assert max(costs) < 1.01 * min(costs), costs
+        if name == "default":
+            assert costs[0] == pytest.approx(1.007e13, rel=1e-3)
+
+
+def fake_run(label, flags, data_sha256, gpus, rate, seed):
+    """A run whose best rate is known. With six loops it diverges at seed 1 and at high rates."""
+    n_loop = train.get_args(flags)[0].n_loop
+    best = {1: 1e-3, 2: 64e-3, 4: 8e-3, 6: 8e-3}[n_loop]
+    diverged = n_loop == 6 and (seed == 1 or rate > 8e-3)
+    loss = None if diverged else 1 + abs(math.log2(rate / best)) + seed / 10
+    return {"val_loss": loss, "tokens": 100, "seconds": 6, "params": 1, "flops": n_loop,
+            "loop_losses": [loss] * n_loop, "gates": [[1] * n_loop]}
+
+
+def test_each_model_is_tuned_and_what_diverged_is_said(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "train_run", fake_run)
+    study.study(["default", "--seeds=2", data, "--learning_rate=8e-3", "--sweep", "--name=tuned"])
+    out, path = capsys.readouterr().out, tmp_path / "results/tuned-sweep-seeds=2.json"
+    models = json.loads(path.read_text())["models"]
+    assert [*models["1 loop"]["trials"]] == ["0.0005", "0.001", "0.002", "0.004", "0.008"]
+    assert [*models["2 loops"]["trials"]] == ["0.004", "0.008", "0.016", "0.032", "0.064", "0.128"]
+    assert models["6 loops"]["trials"] == {"0.004": 2, "0.008": 1, "0.016": None}
+    assert models["1 loop"]["mean"] == pytest.approx(1.05)
+    assert models["1 loop"]["spread"] == pytest.approx(0.05)
+    assert models["6 loops"]["mean"] == 1 and "1 diverged\n" in out
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(study, "train_run", lambda *args: {"val_loss": None})
+    study.study(["default", data, "--seeds=2", "--sweep", f"--data_dir={data[11:]}", "--bias"])
+    assert "\n6 loops  2 diverged\n" in capsys.readouterr().out    # ends, although no rate works
+    names = [path.name for path in (tmp_path / "results").glob("default-sweep*.json")]
+    assert len(names) == 1 and len(names[0]) <= 105 and "/" not in names[0]
+    assert not any("NaN" in path.read_text() for path in (tmp_path / "results").glob("*.json"))
+
+
+def test_the_puzzle_is_compared_by_its_answers(data, tmp_path, monkeypatch, capsys):
+    def run(label, flags, data_sha256, gpus, rate, seed):
+        n_loop = train.get_args(flags)[0].n_loop
+        right = 0.9 - abs(math.log2(rate / 8e-3)) / 10 - seed / 50
+        table = [[right - abs(n - 8)] * 10 for n in range(1, 17)] if n_loop > 1 else [[right] * 10]
+        return {"val_loss": rate, "tokens": 100, "seconds": 6, "params": 1, "flops": n_loop,
+                "loop_losses": [rate] * n_loop, "gates": None, "right": table}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "train_run", run)
+    study.study(["arrows", "--sweep", "--seeds=2", data])
+    path, out = next((tmp_path / "results").glob("arrows-*.json")), capsys.readouterr().out
+    for row in json.loads(path.read_text())["models"].values():
+        wrong = {"0.004": 0.2, "0.008": 0.1, "0.016": 0.2}
+        assert {rate: row["trials"][rate] for rate in wrong} == pytest.approx(wrong)
+        assert [run["val_loss"] for run in row["runs"]] == [8e-3] * 2   # the rate, here
+    assert re.search(r"\nsix loops, loop 8( +89\.0){10}\n", out)
+    assert re.search(r"\none forward pass( +89\.0){10}\n", out)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_has_the_differences_at_equal_compute():
+    def row(n_loop, tokens, mean):
+        run = {"val_loss": mean, "loop_losses": [mean] * n_loop, "tokens": tokens, "params": 10}
+        return {"runs": [run], "mean": mean, "spread": 0.1}
+    axes = Figure().subplots()
+    study.draw_differences(axes, {"a": row(1, 100, 3.0), "b": row(2, 60, 3.5),
+                                  "c": row(1, 1000, 2.0), "d": row(2, 600, 1.5)})
+    points = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axes.containers}
+    assert points == {"n_loop = 1": [[10, 0], [100, 0]], "n_loop = 2": [[10, 0.5], [100, -0.5]]}
+
+
+@pytest.mark.parametrize("fork", sorted(Path(SCRIPT).parent.glob("*.patch")), ids=lambda p: p.stem)
+def test_the_example_of_a_fork_fits_this_code(fork):
+    root = Path(SCRIPT).parents[1]
+    subprocess.run(["git", "apply", "--check", fork], cwd=root, check=True)
