@@ -7,8 +7,8 @@ What a model costs, and what its loops gain.
 
 speed measures each model in a process of its own, with nothing compiled before. start is the time
 until the first step is done, the other times are medians. memory is what training adds. MFU, the
-model FLOPs utilization, is the share of the peak that the device's maker states. decode is in
-tokens per second.
+model FLOPs utilization, is the share of the peak that a GPU's maker states, elsewhere of what one
+large matrix product reaches here. decode is in tokens per second.
 """
 import math
 import os
@@ -23,13 +23,15 @@ import numpy as np
 import torch
 
 try:
+    import matplotlib
     from matplotlib.figure import Figure
 except ImportError:
     Figure = None   # the tables need no matplotlib, the pictures do
 
 import train
-from model import GPT, KVCache, flops_per_token, generate, load_checkpoint, next_logits, pick_device
-from prepare import make_arrows, make_parser
+from model import GPT, KVCache, flops_per_token, generate, load_checkpoint, next_logits
+from model import pick_device, pick_dtype
+from prepare import LETTERS, follow, make_arrows, make_parser, test_map
 
 # ---- speed: what a model costs ----
 
@@ -57,7 +59,9 @@ def speed(flags):
             if subprocess.run(command, env=env).returncode:
                 sys.exit(f"{name} could not be measured, see above")
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    print(f"device: {device_name(device)}{threads}, torch {torch.__version__}")
+    dtype = pick_dtype(args.dtype, device, args.n_embd)
+    print(f"device: {device_name(device)}{threads}, torch {torch.__version__}, "
+          f"{dtype if flags else 'auto'}")
 
 
 def measure(flags):
@@ -73,7 +77,8 @@ def measure(flags):
     memory_before, began = peak_memory(device), time.perf_counter()
     model = GPT(config).to(device)
     optimizers = train.configure_optimizers(model, args)
-    autocast, bf16 = train.use_machine(model, args, device)
+    autocast = train.use_machine(model, args, device)
+    dtype = pick_dtype(args.dtype, device, args.n_embd)
     step = partial(train.train_step, model, optimizers, x, y, args, autocast)
     time_of(step, device)
     start = time.perf_counter() - began
@@ -81,19 +86,17 @@ def measure(flags):
     step_time = np.median([time_of(step, device) for _ in range(count)])
     memory = peak_memory(device) - memory_before
 
-    plain = GPT(config).to(device).eval()  # decoding: not compiled, half of the context as a prompt
-    if bf16:
-        plain.bfloat16()
+    # decoding: not compiled, half of the context as a prompt
+    plain = GPT(config).to(device, dtype).eval()
     count = min(128, args.block_size // 2)
     tokens = generate(plain, x[:1, :args.block_size // 2], count)
     next(tokens)  # reads the prompt
     token_time = np.median([time_of(partial(next, tokens), device) for _ in range(count - 1)])
 
     params, flops = sum(p.numel() for p in model.parameters()), flops_per_token(config)
-    peak = peak_flops(device) if bf16 else None
-    mfu = f"{x.numel() / step_time * flops / peak:4.0%}" if peak else "   -"
+    mfu = x.numel() / step_time * flops / peak_flops(device, dtype)
     print(f"{name:<14} {params / 1e6:7.2f}M {flops / 1e6:12,.1f} {start:5.1f}s "
-          f"{step_time * 1e3:8,.1f} {x.numel() / step_time:9,.0f} {mfu} {memory / 1e6:6,.0f}MB "
+          f"{step_time * 1e3:8,.1f} {x.numel() / step_time:9,.0f} {mfu:4.0%} {memory / 1e6:6,.0f}MB "
           f"{1 / token_time:6,.0f}/s", flush=True)
 
 
@@ -119,11 +122,18 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_flops(device):
-    """Dense bf16 operations per second that the maker states, or None for a device not listed."""
+def peak_flops(device, dtype):
+    """Operations per second: what a GPU's maker states for dense bf16, or what one product reaches.
+
+    The product is of two matrices of 2,048 x 2,048 in the same number format, the best of five.
+    """
     peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12, "A100-SXM4-40GB": 312e12,
              "A100-SXM4-80GB": 312e12, "L40S": 362e12, "L4": 121e12, "GeForce RTX 4090": 165e12}
-    return peaks.get(device_name(device).removeprefix("NVIDIA "))
+    stated = peaks.get(device_name(device).removeprefix("NVIDIA "))
+    if stated and dtype == torch.bfloat16:
+        return stated
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    return 2 * 2048 ** 3 / min(time_of(partial(torch.mm, a, a), device) for _ in range(6))
 
 
 def device_name(device):
@@ -132,11 +142,11 @@ def device_name(device):
 
 # ---- loops: what each loop of a checkpoint gains ----
 
-BLIND = [1 / 4] * 5 + [1 / 2] * 5   # right answers of a guess that names one of the 4 or 2 ends
+TEST, VALIDATION = 1, 2     # seeds of maps: the first for what is shown, the other for choices
 
 
 def loops(flags):
-    """Print and draw how many answers to the puzzle are right after each loop."""
+    """Print how a model of the puzzle walks, and how many answers are right after each loop."""
     parser = make_parser(loops.__doc__, "bench.py loops")
     add = parser.add_argument
     add("--out_dir", default="out-arrows", help="the folder with train.py's ckpt.pt")
@@ -146,73 +156,62 @@ def loops(flags):
     if state["data"]["dataset"] != "arrows":
         sys.exit(f"{args.out_dir} is not of the puzzle: there, train.py prints the loss after each "
                  "loop, and sample.py --show_loops the guesses")
-    table, used = right_answers(model, n_loop=16), loops_to_settle(model)
+    print_walks(model.eval())
+    table = right_answers(model, n_loop=20)
     print_answers({f"after loop {n}": row for n, row in enumerate(table, start=1)})
-    print(f"loops that --exit_kl=0.01 takes, of {model.config.n_loop}:")
-    print(f"{'':<26} {' '.join(f'{n:5.2f}' for n in used)}")
-    others = {"a blind guess": BLIND}
-    save_picture(Path(args.out_dir) / "loops.png", draw_answers, table, model.config.n_loop, others)
-
-
-def puzzles(chains, count=1000):
-    """New documents of 4 or 2 chains, as tokens (count, 68): 20 of the map, then 16 times c>i.
-
-    In the maps of training, most letters lead to the same end, and to name it would answer most of
-    the longest questions. With equal chains all ends are equally likely.
-    """
-    return torch.tensor([list(text.encode()) for text in make_arrows(count, chains, seed=1)])
-
-
-def steps_to_answer(x):
-    """How many arrows lead from each question of the documents x (B, 68) to its end: (B, 16)."""
-    points_to = x[:, :20] - ord("a")
-    letter = x[:, 20::3] - ord("a")
-    steps = torch.zeros_like(letter)
-    for _ in range(9):
-        target = points_to.gather(1, letter)
-        steps += target != letter
-        letter = target
-    return steps
-
-
-def questions(x):
-    """(where, answers): in documents x (B, 68), a > at 21, 24, .. and after it the answer."""
-    return slice(21, None, 3), x[:, 22::3]
+    print("loops that --exit_kl=0.01 takes, of 12:")
+    print(f"{'':<26} {' '.join(f'{n:5.2f}' for n in loops_to_settle(model))}")
+    save_picture(Path(args.out_dir) / "loops.png", draw_answers, table, {})
 
 
 @torch.no_grad()
-def right_answers(model, n_loop):
-    """The share of right answers after loop 1 .. n_loop to questions of 0 .. 9 steps: (n_loop, 10).
+def print_walks(model, count=4, n_loop=12):
+    """Print what the model answers after each loop to questions of 9 steps, and the right way."""
+    print(f"{'map: where a, b, .. t point':<28} question  way         after loop 1, 2, .. {n_loop}")
+    for text in make_arrows(count, test_map, TEST):
+        points_to = dict(zip(LETTERS, text[:20], strict=True))
+        way = max((follow(points_to, letter) for letter in LETTERS), key=len)
+        idx = torch.tensor([list(f"{text[:20]}{way[0]}>".encode())]).to(model.wte.weight.device)
+        said = [model.logits(state, last=True).argmax() for state in model.states(idx, n_loop)]
+        print(f"{text[:20]:<28} {way[0]}>        {''.join(way)}  {' '.join(map(chr, said))}")
 
-    0 to 4 steps are of 4 chains. 5 to 9, which training never has, are of 2 chains.
-    """
-    table = np.zeros((n_loop, 10))
-    for chains, columns in ((4, range(5)), (2, range(5, 10))):
-        x, right = puzzles(chains), []
-        for part in x.to(model.wte.weight.device).split(100):
-            where, answers = questions(part)
-            guesses = [model.logits(state)[:, where].argmax(-1)
-                       for state in model.eval().states(part, n_loop)]
-            right.append(torch.stack(guesses) == answers)
-        right = torch.cat(right, dim=1).cpu()       # (n_loop, B, 16)
-        for steps in columns:
-            table[:, steps] = right[:, steps_to_answer(x) == steps].float().mean(-1)
-    return table.tolist()
+
+def questions(count, seed):
+    """Questions about new maps: inputs and targets (count, 67), steps to the answers (count, 16)."""
+    texts = list(make_arrows(count, test_map, seed))
+    rows = torch.tensor([list(text.encode()) for text in texts])
+    x, y = train.inputs_and_targets(rows, torch.device("cpu"), ord(">"), hide=True)
+    steps = [[len(follow(dict(zip(LETTERS, text[:20], strict=True)), letter)) - 1
+              for letter in text[20::3]] for text in texts]
+    return x, y, torch.tensor(steps)
 
 
 @torch.no_grad()
-def loops_to_settle(model, exit_kl=0.01, count=50):
-    """The mean number of loops that sample.py's early exit takes for answers of 0 to 4 steps."""
-    x, used = puzzles(4, count), []
+def right_answers(model, n_loop, seed=TEST):
+    """The share of right answers after loop 1 .. n_loop, of 0 .. 9 steps: (n_loop, 10)."""
+    x, y, steps = questions(1000, seed)
+    guesses = []
+    for part in x.to(model.wte.weight.device).split(100):
+        logits = [model.logits(state) for state in model.eval().states(part, n_loop)]
+        guesses.append(torch.stack(logits).argmax(-1).cpu())
+    guesses = torch.cat(guesses, dim=1)             # (n_loop, 1000, 67)
+    right = (guesses == y)[:, y >= 0].view(n_loop, *steps.shape)
+    return [[one[steps == number].float().mean().item() for number in range(10)] for one in right]
+
+
+@torch.no_grad()
+def loops_to_settle(model, exit_kl=0.01, n_loop=12):
+    """The mean number of loops that sample.py's early exit takes for answers of 0 .. 9 steps."""
+    x, _, steps = questions(50, TEST)
+    taken = []
     for document in x.to(model.wte.weight.device):
-        cache, taken = KVCache(68), []
-        for idx in (document[:20], *document[20:67].split(1)):  # the map, then token by token
-            _, n = next_logits(model.eval(), idx[None], model.config.n_loop, cache, exit_kl)
+        cache = KVCache(len(document))
+        for idx in (document[:20], *document[20:].split(1)):    # the map, then token by token
+            _, n = next_logits(model, idx[None], n_loop, cache, exit_kl)
             cache.length += len(idx)
             taken.append(n)
-        used.append(taken[2::3])    # at each >, where the model predicts an answer
-    used, steps = torch.tensor(used).double(), steps_to_answer(x)
-    return [used[steps == number].mean().item() for number in range(5)]
+    taken = torch.tensor(taken).view(len(x), -1)[:, 2::3].double()      # at each >
+    return [taken[steps == number].mean().item() for number in range(10)]
 
 
 def print_answers(rows):
@@ -223,25 +222,20 @@ def print_answers(rows):
         print(f"{label:<26} {' '.join(f'{100 * share:5.1f}' for share in row)}")
 
 
-def draw_answers(axes, table, trained_loops, others):
-    """Draw right_answers after loop 1 to 12, and below them the others, {label: row (10,)}."""
-    rows = [*table[:12], [math.nan] * 10, *others.values()]
-    axes.figure.set_size_inches(8, 0.9 + 0.32 * len(rows))
-    axes.imshow(rows, aspect="auto", cmap="YlGnBu", vmin=0, vmax=1.1)
-    for n, row in enumerate(rows):
-        for steps, share in enumerate(row):
-            if not math.isnan(share):
-                axes.text(steps, n, f"{100 * share:.0f}", ha="center", va="center",
-                          color="white" if share > 0.6 else "black")
-    shown = len(table[:12])
-    axes.plot([4.5, 4.5], [-0.5, shown - 0.5], "r", linewidth=2)
-    axes.plot([-0.5, 9.5], [min(trained_loops, shown) - 0.5] * 2, "r", linewidth=2)
+def draw_answers(axes, table, others):
+    """Draw right_answers after some loops, and the others, {label: row (10,)}, dashed."""
+    colors = matplotlib.colormaps["viridis_r"]
+    for i, n in enumerate((1, 2, 4, 6, 8, 12)):
+        axes.plot(np.array(table[n - 1]) * 100, "o-", color=colors((i + 1) / 6), label=f"{n} loops")
+    for label, row in others.items():
+        axes.plot(np.array(row) * 100, "--", label=label)
+    axes.axhline(50, color="gray", linestyle=":", label="a blind guess")
+    axes.axvline(4.5, color="red", linewidth=1)
+    axes.annotate("trained on 0 to 4 steps", (4.4, 6), ha="right", color="red")
     axes.set_xticks(range(10))
-    axes.set_yticks([*range(shown), *range(shown + 1, len(rows))],
-                    [*(f"after loop {n + 1}" for n in range(shown)), *others])
-    axes.set(xlabel="steps from the question to its answer",
-             title=f"right answers in %; training ended at the red lines, 4 steps, "
-                   f"{trained_loops} loops")
+    axes.set(xlabel="steps from the question to its answer", ylabel="right answers in %",
+             ylim=(0, 103), title="each loop follows the arrows one step further")
+    axes.legend(loc="lower left")
 
 
 def save_picture(path, draw, *args):

@@ -381,6 +381,22 @@ def pick_device(name):
     return torch.device(name)
 
 
+def pick_dtype(name, device, n_embd):
+    """Return the torch.dtype of that name. auto is bfloat16 where that is faster, else float32.
+
+    It is where the hardware computes in bfloat16 itself, on a CPU from a width of 256 on: below,
+    converting costs more than it gains (results/README.md has the table).
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        faster = n_embd >= 256 and any(map(found.get, ("avx512_bf16", "amx_bf16", "bf16")))
+    return torch.bfloat16 if faster else torch.float32
+
+
 def save_checkpoint(path, model, **state):
     """Write the model, its config and state (tensors, plain values, lists, dicts) to path.
 

@@ -200,38 +200,68 @@ def read_documents(path):
     yield rest
 
 
-def make_arrows(count, chains=None, seed=0):
+LETTERS = "abcdefghijklmnopqrst"
+
+
+def training_map(rng):
+    """{letter: the letter it points to}, with 5 ends, which point to themselves. t is one of them.
+
+    Each other letter draws two of the letters after it that are fewer than 4 steps from their end,
+    and points to the farther one. So long ways are common, and none has more than 4 steps.
+    """
+    ends = {"t", *rng.sample(LETTERS[:-1], 4)}
+    points_to, steps = {}, {}
+    for letter in reversed(LETTERS):
+        near = [other for other in steps if steps[other] < 4]
+        target = letter if letter in ends else max(rng.choices(near, k=2), key=steps.get)
+        points_to[letter] = target
+        steps[letter] = 0 if letter in ends else steps[target] + 1
+    return points_to
+
+
+def test_map(rng):
+    """{letter: the letter it points to}: two chains of 10 letters, for questions of 0 to 9 steps.
+
+    Both ends have 10 letters that lead to them, so a blind guess of an end is right in 50%.
+    """
+    letters, points_to = rng.sample(LETTERS, 20), {}
+    for chain in (sorted(letters[:10]), sorted(letters[10:])):
+        points_to |= dict(zip(chain, chain[1:] + chain[-1:], strict=True))
+    return points_to
+
+
+def follow(points_to, letter):
+    """The letters on the way from letter to its end, both with it: [letter, .., end]."""
+    way = [letter]
+    while points_to[way[-1]] != way[-1]:
+        way.append(points_to[way[-1]])
+    return way
+
+
+def make_arrows(count, make_map=training_map, seed=0):
     """Yield puzzles of 68 characters: a map of 20 letters, then 16 questions about it.
 
-    The map tbqr.. means a→t, b→b, c→q, d→r, and so on up to t. Some letters are ends: they point
-    to themselves. The question c>i: follow the arrows from c, they end at i. How many steps that
-    takes, the text does not say.
-    For training there are 5 ends. The other letters are placed in random order. Each draws two of
-    the letters before it that are fewer than 4 steps from their end, and points to the farther one,
-    so that long ways are common.
-    For tests, chains=4 or 2 makes equal chains: 4 of 5 letters (0 to 4 steps) or 2 of 10 (0 to 9).
+    The map says to which letter a, b, .. t point, in this order. An arrow points forward in the
+    alphabet, or back to its own letter, which is an end. The question c>i: follow the arrows from
+    c, they end at i. How many steps that takes, the text does not say. No letter is asked twice.
     """
-    rng, alphabet = random.Random(seed), "abcdefghijklmnopqrst"
+    rng = random.Random(seed)
     for _ in range(count):
-        letters = rng.sample(alphabet, len(alphabet))
-        points_to, steps, ends = {}, {}, {}
-        for i, letter in enumerate(letters):
-            if i < (chains or 5):
-                points_to[letter], steps[letter], ends[letter] = letter, 0, letter
-                continue
-            if chains:
-                target = letters[i - chains]    # all chains grow in turn
-            else:
-                near = [other for other in letters[:i] if steps[other] < 4]
-                target = max(rng.choices(near, k=2), key=steps.get)
-            points_to[letter], steps[letter], ends[letter] = target, steps[target] + 1, ends[target]
-        questions = rng.sample(alphabet, 16)    # none twice: it could be answered by copying
-        yield ("".join(points_to[letter] for letter in alphabet)
-               + "".join(f"{start}>{ends[start]}" for start in questions))
+        points_to = make_map(rng)
+        questions = [f"{letter}>{follow(points_to, letter)[-1]}"
+                     for letter in rng.sample(LETTERS, 16)]
+        yield "".join(points_to[letter] for letter in LETTERS) + "".join(questions)
 
 
-# {name: (generator, number of documents)}. Their tokens go to data-{name}, all others to data.
-PUZZLES = {"arrows": (make_arrows, 100_000)}
+def make_additions(count, seed=0):
+    """Yield sums like 123+456=0579, each once."""
+    for number in random.Random(seed).sample(range(10 ** 6), count):
+        a, b = divmod(number, 1000)
+        yield f"{a:03}+{b:03}={a + b:04}"
+
+
+# {name: (generator, number of documents)}. A puzzle's tokens go to data-{name}.
+PUZZLES = {"arrows": (make_arrows, 100_000), "addition": (make_additions, 100_000)}
 
 
 def read_openwebtext(shards):

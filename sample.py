@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from model import generate, load_checkpoint, load_pretrained, pick_device
+from model import generate, load_checkpoint, load_pretrained, pick_device, pick_dtype
 from prepare import EOT, find_weights, get_tokenizer, make_parser
 from train import not_negative, positive
 
@@ -50,10 +50,9 @@ def load_model(args, device):
     else:
         model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt")
         tokenizer = get_tokenizer(state["data"]["tokenizer"])
-    model.to(device)
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        model.bfloat16()  # half the bytes to read for each token
-    return model.eval(), tokenizer
+    # in bfloat16, a token has half the bytes to read
+    dtype = pick_dtype("auto", device, model.config.n_embd)
+    return model.to(device, dtype).eval(), tokenizer
 
 
 # ---- the text ----

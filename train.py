@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, LOOP_ORDERS, RESIDUALS, GPTConfig, change_layout, flops_per_token
-from model import load_checkpoint, load_pretrained, pick_device, save_checkpoint
+from model import load_checkpoint, load_pretrained, pick_device, pick_dtype, save_checkpoint
 from prepare import find_weights, get_tokenizer, load_data, make_parser
 
 # The paper's four models have GPT-2's width, context and vocabulary. The recipe is the one that
@@ -43,10 +43,12 @@ PRESETS = {
     "gpt2-45m": dict(n_layer=1, n_loop=1, **RECIPE),
     "gpt2-45m-loop": dict(n_layer=1, n_loop=2, **RECIPE),
     # A document of the puzzle has 69 tokens with its end, and only the answers can be predicted.
-    "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=6, n_head=4, block_size=68,
-                   stride=69, score_after=">", batch_size=16, max_steps=4816, learning_rate=4e-3),
+    "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=10, n_loop_min=6, n_head=4,
+                   residual="sum", dropout=0.1, block_size=68, stride=69, score_after=">",
+                   hide_answers=True, max_steps=7000, learning_rate=2e-3),
 }
 OPTIMIZERS = ("adamw", "muon")
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 # ---- the flags ----
@@ -67,14 +69,13 @@ def not_negative(text):
 
 
 def make_flags():
-    """Return (parser, fixed): fixed are the flags that a resumed run can't change."""
+    """Return (parser, fixed): fixed are the names of flags that a resumed run can't change."""
     parser = make_parser("Train GPT-2 or a Loop Neural Network on what prepare.py wrote.")
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
     # what makes the model
     add("--preset", choices=PRESETS, help="a model with its recipe; other flags override it")
-    add("--init_from", help="start from gpt2, gpt2-medium, -large, -xl, or from a file: "
-        "a model.safetensors or a ckpt.pt")
+    add("--init_from", help="weights: gpt2, gpt2-medium, -large, -xl, or a file (see find_weights)")
     add("--n_layer", type=positive, default=1, help="number of blocks")
     add("--n_head", type=positive, default=2, help="number of attention heads")
     add("--n_embd", type=positive, default=64, help="width of the model")
@@ -84,21 +85,17 @@ def make_flags():
     add("--n_loop_min", type=positive, help="draw each step's loops from here to n_loop")
     add("--loop_start", type=int, default=0, help="the first looped block")
     add("--loop_end", type=positive, help="the block after the last looped one; None loops all")
-    add("--loop_order", choices=LOOP_ORDERS, default=GPTConfig.loop_order,
-        help="loop the whole stack, or each block before the next")
-    add("--residual", choices=RESIDUALS, default=GPTConfig.residual,
-        help="variant of the loop's equation")
+    add("--loop_order", choices=LOOP_ORDERS, default=GPTConfig.loop_order, help="see GPT.states")
+    add("--residual", choices=RESIDUALS, default=GPTConfig.residual, help="variant of the equation")
     add("--dropout", type=not_negative, default=0.0, help="share of activations dropped")
     add("--bias", action=switch, default=True, help="biases in linear layers and norms")
     add("--batch_size", type=positive, default=8, help="sequences that a process computes at once")
-    add("--gradient_accumulation_steps", type=positive, default=1,
-        help="batches in a step, over all processes")
-    add("--stride", type=positive, default=1, help="sequences start at multiples of it; "
-        "set it to the length of the documents to keep them whole")
+    add("--gradient_accumulation_steps", type=positive, default=1, help="batches in a step, in all")
+    add("--stride", type=positive, default=1, help="sequences start at multiples of it: documents")
     add("--score_after", help="the loss counts only tokens that follow this one, such as answers")
     add("--score_count", type=positive, default=1, help="how many tokens after it count")
-    add("--optimizer", choices=OPTIMIZERS, default="muon",
-        help="muon is for the blocks' matrices, with AdamW for the rest")
+    add("--hide_answers", action=switch, help="the input has --score_after in place of them")
+    add("--optimizer", choices=OPTIMIZERS, default="muon", help="muon: AdamW for all but blocks")
     add("--learning_rate", type=not_negative, default=8e-3, help="the peak; it falls to a tenth")
     add("--warmup_steps", type=int, default=100, help="steps over which the rate rises")
     add("--weight_decay", type=not_negative, default=0.1, help="weight decay of matrices")
@@ -115,11 +112,9 @@ def make_flags():
     add("--eval_interval", type=positive, default=1000, help="steps between evaluations and saves")
     add("--log_interval", type=positive, default=200, help="steps between lines of progress")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the best there is")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="number format of activations; auto is bfloat16 where a GPU has it")
+    add("--dtype", choices=DTYPES, default="auto", help="auto: see pick_dtype")
     add("--compile", action=switch, help="use torch.compile; None: on a GPU that can")
-    add("--checkpoint_loops", action=switch, default=False,
-        help="save memory: recompute all loops but the last in the backward pass")
+    add("--checkpoint_loops", action=switch, help="save memory: recompute all loops but the last")
     return parser, fixed
 
 
@@ -131,28 +126,27 @@ def get_args(argv=None):
     parser, fixed = make_flags()
     parser.set_defaults(**PRESETS.get(parser.parse_args(argv).preset, {}))
     args = parser.parse_args(argv)
-    model = state = None
-    must_be = {}    # flags that what was loaded decides
+    model, state, must_be = None, None, {}      # must_be: flags that model decides
     if args.resume:
         model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt")
         parser.set_defaults(**state["args"] | {"out_dir": args.out_dir})    # it may have moved
         must_be = {name: state["args"][name] for name in fixed}
     elif args.init_from:
         model = load_pretrained(find_weights(args.init_from))
-        shape = asdict(model.config)
-        parser.set_defaults(**shape, optimizer="adamw", learning_rate=3e-5)
-        free = {"block_size", "dropout"}
-        if model.config.n_loop == 1:
-            free |= {"n_loop", "loop_start", "loop_end", "loop_order", "residual"}
-        must_be = {name: value for name, value in shape.items() if name not in free}
+        must_be = asdict(model.config)
+        parser.set_defaults(**must_be, optimizer="adamw", learning_rate=3e-5)
+        del must_be["dropout"], must_be["block_size"]
+        if model.config.n_loop == 1:    # it can be looped in any way
+            must_be = {name: must_be[name] for name in must_be if "loop" not in name}
+            del must_be["residual"]
     args = parser.parse_args(argv)
     for name, value in must_be.items():
         if getattr(args, name) != value:
             parser.error(f"--{name}={getattr(args, name)} does not fit what it starts from, which "
                          f"has {value}: leave it out")
     if model and args.block_size > model.config.block_size:
-        parser.error(f"--block_size={args.block_size} is more than the {model.config.block_size} "
-                     "of what it starts from: leave it out")
+        parser.error(f"--block_size={args.block_size} is above {model.config.block_size}, the "
+                     "context of what it starts from: leave it out")
     for name in ("seed", "warmup_steps", "loop_start", "max_steps"):
         if not 0 <= getattr(args, name) < 2 ** 31:
             parser.error(f"--{name}={getattr(args, name)} must be 0 or more, and below 2 ** 31")
@@ -215,22 +209,24 @@ def get_lr(args, step):
 
 # ---- one step, and one evaluation ----
 
-def inputs_and_targets(rows, args, score_token, device):
+def inputs_and_targets(rows, device, score_token=None, score_count=1, hide=False):
     """Windows (n, T + 1) -> tokens and targets on the device, (n, T) each.
 
-    With a score_token, only the score_count targets that follow one count. The others are -1, and
-    the loss ignores them.
+    With a score_token, only the score_count targets that follow one count: the answers. The others
+    are -1, and the loss ignores them. With hide, the inputs have score_token in place of answers,
+    so that none can be copied from an earlier one.
     """
     if device.type == "cuda":  # the CPU need not wait for a copy from pinned memory
         rows = rows.pin_memory()
     rows = rows.to(device, non_blocking=True)
     x, y = rows[:, :-1], rows[:, 1:]
     if score_token is not None:
-        counts = is_token = x == score_token
-        for _ in range(1, args.score_count):
-            is_token = torch.nn.functional.pad(is_token, (1, 0))[:, :-1]    # one to the right
-            counts = counts | is_token
-        y = y.masked_fill(~counts, -1)
+        answers = torch.zeros_like(rows, dtype=torch.bool)
+        for i in range(1, score_count + 1):
+            answers[:, i:] |= rows[:, :-i] == score_token
+        y = y.masked_fill(~answers[:, 1:], -1)
+        if hide:
+            x = x.masked_fill(answers[:, :-1], score_token)
     return x, y
 
 
@@ -253,7 +249,7 @@ def train_step(net, optimizers, x, y, args, autocast, n_loop=None):
 
 
 @torch.no_grad()
-def evaluate(model, data, args, score_token, device, rank=0, world=1):
+def evaluate(model, data, args, device, scoring=(), rank=0, world=1):
     """The mean validation loss after loop 1, 2, .. N in nats, over the same windows every time."""
     T, B = args.block_size, args.batch_size
     count = min(args.eval_iters, (len(data) - 1) // T)
@@ -263,7 +259,7 @@ def evaluate(model, data, args, score_token, device, rank=0, world=1):
     losses, targets = torch.zeros(model.config.n_loop, dtype=torch.float64), 0
     model.eval()
     for i in range(0, len(starts), B):
-        x, y = inputs_and_targets(windows(data, starts[i:i + B], T), args, score_token, device)
+        x, y = inputs_and_targets(windows(data, starts[i:i + B], T), device, *scoring)
         # a smaller batch at the end would compile anew: fill it up with targets that don't count
         empty = (0, 0, 0, B - len(x))
         x, y = torch.nn.functional.pad(x, empty), torch.nn.functional.pad(y, empty, value=-1)
@@ -291,8 +287,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, but the update of a matrix is made orthogonal: each direction moves equally far.
 
     After Keller Jordan et al., Muon, 2024. The update has the size of AdamW's (arXiv 2502.16982),
-    so one learning rate serves both. torch.optim.Muon computes the same in bfloat16, which most
-    CPUs only emulate. Here bfloat16 is for GPUs.
+    so one learning rate serves both. torch.optim.Muon computes the same in bfloat16 everywhere,
+    which most CPUs only emulate.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -322,7 +318,7 @@ def orthogonal(g):
     """
     if g.size(0) > g.size(1):
         return orthogonal(g.T).T    # so that x x' is the smaller product
-    x = g.bfloat16() if g.is_cuda else g
+    x = g.to(pick_dtype("auto", g.device, min(g.shape)))
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         a = x @ x.T
@@ -357,7 +353,7 @@ def configure_optimizers(model, args):
 # ---- the machine ----
 
 def use_machine(model, args, device):
-    """Apply --compile, --checkpoint_loops and --dtype. Return (autocast, if it is bfloat16)."""
+    """Apply --compile, --checkpoint_loops and --dtype. Return autocast."""
     # high: TF32, on a GPU that has it
     torch.set_float32_matmul_precision("highest" if args.dtype == "float32" else "high")
     on_cuda = device.type == "cuda"
@@ -367,10 +363,9 @@ def use_machine(model, args, device):
     if args.compile or (args.compile is None and on_cuda and can_compile):
         compile_blocks(model)
     model.checkpoint_loops = args.checkpoint_loops
-    has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and has_bf16)
+    dtype = pick_dtype(args.dtype, device, args.n_embd)
     # without a cache of casts, the gradient of a looped weight is summed over the loops in float32
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False), bf16
+    return torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16, cache_enabled=False)
 
 
 def compile_blocks(model, **options):
@@ -423,15 +418,18 @@ def check(args, train_data, val_data, meta, world, state):
                      f"{data['tokenizer']} tokens: give its --data_dir, or start anew")
 
 
-def get_score_token(args, meta, val_data):
-    """The token that --score_after names, or None. Exits if it is not one token of the data."""
+def get_scoring(args, meta, val_data):
+    """What inputs_and_targets needs of the flags: the token that --score_after names, and so on.
+
+    Exits if it is not one token of the data.
+    """
     if args.score_after is None:
-        return None
+        return ()
     ids = get_tokenizer(meta["tokenizer"]).encode_ordinary(args.score_after)
     if len(ids) != 1 or ids[0] not in val_data:
         sys.exit(f"--score_after={args.score_after!r} is not a single {meta['tokenizer']} token "
                  f"that {args.data_dir}/val.bin has: name another")
-    return ids[0]
+    return ids[0], args.score_count, args.hide_answers
 
 
 # ---- the training ----
@@ -466,7 +464,7 @@ def train(args, model=None, state=None):
     device, rank, world = join_processes(args)
     train_data, val_data, meta = load_data(args.data_dir)
     check(args, train_data, val_data, meta, world, state)
-    score_token = get_score_token(args, meta, val_data)
+    scoring = get_scoring(args, meta, val_data)
     flops, step_tokens = get_cost(args, meta)
     if args.target_flops is not None:
         args.max_steps = max(1, round(args.target_flops / (flops * step_tokens)))
@@ -488,23 +486,21 @@ def train(args, model=None, state=None):
             sys.exit(f"the checkpoint has {start} steps: give more --max_steps or --target_flops")
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    autocast, bf16 = use_machine(model, args, device)
+    autocast = use_machine(model, args, device)
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # what is reported
     out = Path(args.out_dir)
     params = sum(p.numel() for p in model.parameters())
     if rank == 0:
-        scored = ""
-        if score_token is not None:
-            _, y = inputs_and_targets(get_batch(train_data, args, 0), args, score_token, device)
-            scored = f", {(y[0] >= 0).sum()} of {args.block_size} tokens in a sequence count"
+        _, y = inputs_and_targets(get_batch(train_data, args, 0), device, *scoring)
+        scored = f", of which {(y >= 0).float().mean():.0%} count" if scoring else ""
         print(f"n_layer={config.n_layer}, h[{config.loop_start}:{config.loop_end}] x "
               f"{config.n_loop} ({config.residual}), {params:,} parameters, "
               f"{flops / 1e6:.1f} MFLOPs per token\n"
               f"{meta['dataset']}, {len(train_data):,} {meta['tokenizer']} tokens, "
               f"{args.max_steps} steps of {step_tokens:,}{scored}, {world} x {device.type}, "
-              f"{'bf16' if bf16 else 'float32'}", flush=True)
+              f"{pick_dtype(args.dtype, device, args.n_embd)}", flush=True)
         start_folder(out, args.resume)
 
     # report, evaluate, save, then train: a checkpoint holds exactly the reported model
@@ -522,7 +518,7 @@ def train(args, model=None, state=None):
             record |= {"loss": loss, "lr": lr, "norm": norm, "tokens_per_second": speed}
         if evaluating:
             with autocast:
-                losses = evaluate(model, val_data, args, score_token, device, rank, world)
+                losses = evaluate(model, val_data, args, device, scoring, rank, world)
             record |= {"val_loss": losses[-1], "loop_losses": losses}
         for name in {"loss", "norm", "val_loss"} & record.keys():
             if not math.isfinite(record[name]):
@@ -551,7 +547,7 @@ def train(args, model=None, state=None):
         # for dropout: another number for each seed, step and process
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
         rows = get_batch(train_data, args, step, rank, world)
-        x, y = inputs_and_targets(rows, args, score_token, device)
+        x, y = inputs_and_targets(rows, device, *scoring)
         loss, norm = train_step(net, optimizers, x, y, args, autocast, get_n_loop(args, step))
 
     if world > 1:
@@ -561,7 +557,7 @@ def train(args, model=None, state=None):
         bits = losses[-1] / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
         print(json.dumps({
             "step": step, "val_loss": losses[-1], "loop_losses": losses,
-            "bits_per_byte": bits if score_token is None else None,
+            "bits_per_byte": None if scoring else bits,
             "gates": None if model.gates is None else model.gates.mean(-1).tolist(),
             "params": params, "tokens": tokens, "flops": flops * tokens,
             "seconds": round(seconds + time.perf_counter() - began, 1)}))

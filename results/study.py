@@ -8,7 +8,7 @@ What models learn when they are trained side by side: the tables and pictures of
 Every model gets the same data, with the same seed in the same order, and the same evaluation.
 --sweep finds each its own learning rate: it tries rates a factor of two apart, with seed 0, until
 the best lies between two others, in at most 12 trials. The best has the lowest validation loss; for
-the puzzle, the fewest wrong answers in the table, after 8 loops. All trials are recorded.
+the puzzle, the fewest wrong answers after 12 loops, on maps of its own. All trials are recorded.
 
 A run in out-study/ that is finished is not repeated, an interrupted one goes on. Its folder's name
 holds a hash of its flags, its data, and the code of model.py and train.py.
@@ -31,11 +31,12 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import train
-from bench import BLIND, device_name, draw_answers, print_answers, right_answers, save_picture
+from bench import VALIDATION, device_name, draw_answers, print_answers, right_answers, save_picture
 from model import load_checkpoint, pick_device
 from prepare import load_data, make_parser
 
 NARROW = "--n_embd=32"
+BLOCKS = "--preset=arrows --n_layer=6 --n_loop_min=1 --n_loop=1"
 GPT2 = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
         "--eval_iters=640 --eval_interval=10000")
 # {experiment: {label: flags of train.py}}. --compute_of=LABEL gives a model as many FLOPs.
@@ -78,14 +79,16 @@ EXPERIMENTS = {
         "1 block x 2, no gate": f"--preset=gpt2-45m-loop --residual=sum {GPT2}",
         "2 blocks": f"--preset=gpt2-45m --n_layer=2 {GPT2}",
     },
-    "arrows": {     # the puzzle, and its controls with equal compute, at good rates
-        "six loops": "--preset=arrows",
-        "six blocks": "--preset=arrows --n_layer=6 --n_loop=1 --learning_rate=8e-3",
-        "one forward pass": "--preset=arrows --n_loop=1 --compute_of='six loops'",
+    "arrows": {     # the puzzle, and controls with its compute
+        "the loop": "--preset=arrows",
+        "six blocks": f"{BLOCKS} --compute_of='the loop'",
+        "six blocks, no dropout": f"{BLOCKS} --dropout=0 --compute_of='the loop'",
+        "one forward pass": "--preset=arrows --n_loop_min=1 --n_loop=1 --compute_of='the loop'",
     },
-    "arrows-sum": {     # the puzzle without a gate, then with loops drawn from 1 to 6
-        "no gate": "--preset=arrows --residual=sum",
-        "no gate, 1 to 6": "--preset=arrows --residual=sum --n_loop_min=1 --compute_of='no gate'",
+    "arrows-changes": {     # what each of its choices does
+        "no dropout": "--preset=arrows --dropout=0",
+        "six loops": "--preset=arrows --n_loop=6 --compute_of='no dropout'",
+        "gated": "--preset=arrows --residual=gated",
     },
 }
 
@@ -120,7 +123,9 @@ def train_run(label, flags, data_sha256, gpus, rate, seed):
         result = run_train_py(["--resume"] if resumed else flags, folder, gpus)
         if args.preset == "arrows" and result["val_loss"] is not None:
             model, _ = load_checkpoint(folder / "ckpt.pt")
-            result["right"] = right_answers(model, 16 if args.n_loop > 1 else 1)
+            n_loop = 20 if args.n_loop > 1 else 1
+            result["right"] = right_answers(model, n_loop)
+            result["right_validation"] = right_answers(model, n_loop, VALIDATION)
         path.with_suffix(".tmp").write_text(json.dumps(result))
         path.with_suffix(".tmp").rename(path)
         for checkpoint in folder.glob("*.pt"):
@@ -151,18 +156,21 @@ def run_train_py(flags, folder, gpus):
     return json.loads(results[-1])
 
 
-def after_loop_8(table):
+def after_loop_12(table):
     """The row of right_answers that a model is judged by. A model without a loop has one only."""
-    return table[:8][-1]
+    return table[:12][-1]
 
 
 def score(run):
     """What decides between learning rates, less is better: None if the run diverged.
 
     The puzzle's validation loss would not do. It is of 0 to 4 steps, which are nearly all right at
-    several rates. So there it is the share of wrong answers of 0 to 9 steps.
+    several rates. So there it is the share of wrong answers of 0 to 9 steps, about other maps than
+    those of the table.
     """
-    return 1 - np.mean(after_loop_8(run["right"])) if "right" in run else run["val_loss"]
+    if "right" in run:
+        return 1 - np.mean(after_loop_12(run["right_validation"]))
+    return run["val_loss"]
 
 
 def study_model(train_at, flags, seeds, sweep):
@@ -227,7 +235,7 @@ def study(argv):
     base, *_ = train.get_args(next(iter(models.values())))
     _, _, meta = load_data(base.data_dir)
     device = pick_device(base.device)
-    count = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
+    count = torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads()
     gpus = queue.Queue() if device.type == "cuda" else None
     for gpu in range(count if gpus else 0):
         gpus.put(gpu)
@@ -247,7 +255,7 @@ def study(argv):
     rows = {label: row for label, row in rows.items() if finished(row)}
     gated = {label: row for label, row in rows.items() if finished(row)[0]["gates"]}
     if rows and base.preset == "arrows":
-        show_answers(rows, base.n_loop, path.with_suffix(".png"))
+        show_answers(rows, path.with_suffix(".png"))
     elif parts[0] == "compute":
         save_picture(path.with_suffix(".png"), draw_differences, rows)
     elif gated:
@@ -278,19 +286,17 @@ def print_table(setting, rows):
               f"{row['mean']:8.4f} {row['spread']:6.4f}{note}")
 
 
-def show_answers(rows, trained_loops, path):
-    """Print each model's right answers after loop 8, the mean of its seeds.
+def show_answers(rows, path):
+    """Print each model's right answers after loop 12, the mean of its seeds.
 
-    Draw the first model loop by loop, and the others' rows below it.
+    Draw the first model loop by loop, with the others' lines.
     """
     tables = {label: np.mean([run["right"] for run in finished(row)], axis=0)
               for label, row in rows.items()}
-    ends = {f"{label}, loop 8" if len(table) > 1 else label: after_loop_8(table)
-            for label, table in tables.items()}
+    ends = {label: after_loop_12(table) for label, table in tables.items()}
     print_answers(ends)
-    others = list(ends)[1:]
-    below = {label: ends[label] for label in others} | {"a blind guess": BLIND}
-    save_picture(path, draw_answers, tables[next(iter(rows))], trained_loops, below)
+    first, *others = ends
+    save_picture(path, draw_answers, tables[first], {label: ends[label] for label in others})
 
 
 def draw_differences(axes, rows):
