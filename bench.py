@@ -6,8 +6,8 @@ What a model costs, and what its loops gain.
     python bench.py loops --out_dir=out-arrows      what each loop gains on the puzzle
 
 speed measures each model in a process of its own, with nothing compiled before. start is the time
-until the first step is done, the other times are medians. memory is what training adds. MFU, the
-model FLOPs utilization, is the share of the peak that a GPU's maker states, elsewhere of what one
+until the first step is done, the other times are medians. memory is how much training raises its
+peak. MFU, the model FLOPs utilization, is the share of what a GPU's maker states, or of what one
 large matrix product reaches here. decode is in tokens per second.
 """
 import math
@@ -22,16 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-except ImportError:
-    Figure = None   # the tables need no matplotlib, the pictures do
-
 import train
 from model import GPT, KVCache, flops_per_token, generate, load_checkpoint, next_logits
 from model import pick_device, pick_dtype
-from prepare import LETTERS, follow, make_arrows, make_parser, test_map
+from prepare import LETTERS, follow, make_arrows, make_parser, read_map, test_map
 
 # ---- speed: what a model costs ----
 
@@ -77,12 +71,11 @@ def measure(flags):
     memory_before, began = peak_memory(device), time.perf_counter()
     model = GPT(config).to(device)
     optimizers = train.configure_optimizers(model, args)
-    autocast = train.use_machine(model, args, device)
-    dtype = pick_dtype(args.dtype, device, args.n_embd)
+    autocast, dtype = train.use_machine(model, args, device)
     step = partial(train.train_step, model, optimizers, x, y, args, autocast)
     time_of(step, device)
     start = time.perf_counter() - began
-    count = max(5, min(50, int(10 / time_of(step, device))))
+    count = max(5, min(50, int(10 / time_of(step, device))))    # about ten seconds
     step_time = np.median([time_of(step, device) for _ in range(count)])
     memory = peak_memory(device) - memory_before
 
@@ -96,8 +89,8 @@ def measure(flags):
     params, flops = sum(p.numel() for p in model.parameters()), flops_per_token(config)
     mfu = x.numel() / step_time * flops / peak_flops(device, dtype)
     print(f"{name:<14} {params / 1e6:7.2f}M {flops / 1e6:12,.1f} {start:5.1f}s "
-          f"{step_time * 1e3:8,.1f} {x.numel() / step_time:9,.0f} {mfu:4.0%} {memory / 1e6:6,.0f}MB "
-          f"{1 / token_time:6,.0f}/s", flush=True)
+          f"{step_time * 1e3:8,.1f} {x.numel() / step_time:9,.0f} {mfu:4.0%} "
+          f"{memory / 1e6:6,.0f}MB {1 / token_time:6,.0f}/s", flush=True)
 
 
 def time_of(work, device):
@@ -123,9 +116,9 @@ def peak_memory(device):
 
 
 def peak_flops(device, dtype):
-    """Operations per second: what a GPU's maker states for dense bf16, or what one product reaches.
+    """Operations per second: what a GPU's maker states for bfloat16, else what one product reaches.
 
-    The product is of two matrices of 2,048 x 2,048 in the same number format, the best of five.
+    The product is of matrices of 2,048 x 2,048 in the same number format, the best of six.
     """
     peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12, "A100-SXM4-40GB": 312e12,
              "A100-SXM4-80GB": 312e12, "L40S": 362e12, "L4": 121e12, "GeForce RTX 4090": 165e12}
@@ -154,8 +147,8 @@ def loops(flags):
     args = parser.parse_args(flags)
     model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt", pick_device(args.device))
     if state["data"]["dataset"] != "arrows":
-        sys.exit(f"{args.out_dir} is not of the puzzle: there, train.py prints the loss after each "
-                 "loop, and sample.py --show_loops the guesses")
+        sys.exit(f"the model in {args.out_dir} was not trained on arrows: see its loops with "
+                 f"python sample.py --show_loops --out_dir={args.out_dir}")
     print_walks(model.eval())
     table = right_answers(model, n_loop=20)
     print_answers({f"after loop {n}": row for n, row in enumerate(table, start=1)})
@@ -169,20 +162,18 @@ def print_walks(model, count=4, n_loop=12):
     """Print what the model answers after each loop to questions of 9 steps, and the right way."""
     print(f"{'map: where a, b, .. t point':<28} question  way         after loop 1, 2, .. {n_loop}")
     for text in make_arrows(count, test_map, TEST):
-        points_to = dict(zip(LETTERS, text[:20], strict=True))
-        way = max((follow(points_to, letter) for letter in LETTERS), key=len)
+        way = max((follow(read_map(text), letter) for letter in LETTERS), key=len)
         idx = torch.tensor([list(f"{text[:20]}{way[0]}>".encode())]).to(model.wte.weight.device)
         said = [model.logits(state, last=True).argmax() for state in model.states(idx, n_loop)]
         print(f"{text[:20]:<28} {way[0]}>        {''.join(way)}  {' '.join(map(chr, said))}")
 
 
 def questions(count, seed):
-    """Questions about new maps: inputs and targets (count, 67), steps to the answers (count, 16)."""
+    """Questions about new maps: inputs and targets (count, 67), steps to answers (count, 16)."""
     texts = list(make_arrows(count, test_map, seed))
     rows = torch.tensor([list(text.encode()) for text in texts])
     x, y = train.inputs_and_targets(rows, torch.device("cpu"), ord(">"), hide=True)
-    steps = [[len(follow(dict(zip(LETTERS, text[:20], strict=True)), letter)) - 1
-              for letter in text[20::3]] for text in texts]
+    steps = [[len(follow(read_map(text), letter)) - 1 for letter in text[20::3]] for text in texts]
     return x, y, torch.tensor(steps)
 
 
@@ -210,7 +201,7 @@ def loops_to_settle(model, exit_kl=0.01, n_loop=12):
             _, n = next_logits(model, idx[None], n_loop, cache, exit_kl)
             cache.length += len(idx)
             taken.append(n)
-    taken = torch.tensor(taken).view(len(x), -1)[:, 2::3].double()      # at each >
+    taken = torch.tensor(taken).view(len(x), -1)[:, 2::3].double()      # at a letter's >
     return [taken[steps == number].mean().item() for number in range(10)]
 
 
@@ -224,9 +215,10 @@ def print_answers(rows):
 
 def draw_answers(axes, table, others):
     """Draw right_answers after some loops, and the others, {label: row (10,)}, dashed."""
-    colors = matplotlib.colormaps["viridis_r"]
-    for i, n in enumerate((1, 2, 4, 6, 8, 12)):
-        axes.plot(np.array(table[n - 1]) * 100, "o-", color=colors((i + 1) / 6), label=f"{n} loops")
+    for n in (1, 2, 4, 6, 8, 12):
+        if n <= len(table):
+            axes.plot(np.array(table[n - 1]) * 100, "o-", color="C0", alpha=0.2 + n / 15,
+                      label=f"after loop {n}")
     for label, row in others.items():
         axes.plot(np.array(row) * 100, "--", label=label)
     axes.axhline(50, color="gray", linestyle=":", label="a blind guess")
@@ -234,32 +226,30 @@ def draw_answers(axes, table, others):
     axes.annotate("trained on 0 to 4 steps", (4.4, 6), ha="right", color="red")
     axes.set_xticks(range(10))
     axes.set(xlabel="steps from the question to its answer", ylabel="right answers in %",
-             ylim=(0, 103), title="each loop follows the arrows one step further")
+             ylim=(0, 103), title="right answers after each loop")
     axes.legend(loc="lower left")
 
 
 def save_picture(path, draw, *args):
     """Write the picture that draw(axes, *args) draws, if matplotlib is installed."""
-    if Figure is None:
-        print(f"no picture {path}: pip install matplotlib")
-        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"no picture {path}: pip install matplotlib")
     figure = Figure(figsize=(8, 5), layout="constrained")
     draw(figure.subplots(), *args)
     figure.savefig(path, dpi=100)
     print(f"written: {path}")
 
 
-COMMANDS = {"speed": speed, "measure": measure, "loops": loops}
-
-
 def main():
     command, *flags = sys.argv[1:] or ["speed"]
+    commands = {"speed": speed, "measure": measure, "loops": loops}
     if command in ("-h", "--help"):
-        print(__doc__)
-    elif command in COMMANDS:
-        COMMANDS[command](flags)
-    else:
+        return print(__doc__)
+    if command not in commands:
         sys.exit(f"bench.py has no command {command}: it has speed and loops")
+    commands[command](flags)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ in GPT.loop.
 
 GPT-2 is Radford et al., Language Models are Unsupervised Multitask Learners, 2019. The loop is
 Ng & Wang, Loop Neural Networks for Parameter Sharing, arXiv 2409.14199. Version 3 of the paper adds
-the gate. We know that version from published reviews only.
+the gate. We could not get its text, only reviews that describe it.
 """
 import json
 import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,9 +31,15 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-RESIDUALS = ("gated", "sum", "mean", "outer")   # variants of the equation, see GPT.loop
-GATED = ("gated",)                              # those that learn gates
-LOOP_ORDERS = ("stack", "block")                # see GPT.states
+# The variants of the equation in GPT.loop: does it learn gates, and how often do N loops add what a
+# block puts out? In mean each loop adds 1/N of it, so it is added once in all.
+RESIDUALS = {
+    "gated": dict(gates=True, added="N times"),
+    "sum": dict(gates=False, added="N times"),
+    "mean": dict(gates=False, added="once"),
+    "outer": dict(gates=False, added="N times"),
+}
+LOOP_ORDERS = ("stack", "block")    # see GPT.states
 
 
 @dataclass
@@ -68,7 +74,7 @@ class GPTConfig:
 
 
 class KVCache:
-    """The keys and values of the positions so far, so that a new token costs one position.
+    """The keys and values of the positions so far, so that only a new token is computed.
 
     Each (loop, block) has an entry of its own: a looped block sees another state in every loop.
     """
@@ -93,7 +99,7 @@ class KVCache:
         return entry[:, :, :, :end]
 
     def skip(self, n, N, blocks):
-        """Give the newest position, in loops n+1 .. N-1 of blocks, what it has in loop n."""
+        """Copy the newest position's keys and values of loop n to the skipped loops, to N - 1."""
         for i in blocks:
             last = self.entries[n, i][:, :, :, self.length]
             for skipped in range(n + 1, N):
@@ -117,7 +123,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)              # of all S >= T positions: (B, nh, S, hs)
         dropout = self.dropout if self.training else 0.0
-        # T > 1 comes with no cache or an empty one: S = T, a causal mask fits. T = 1 needs no mask
+        # T > 1 means no cache or an empty one, see update: the mask is T x T. T = 1 sees all S
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)     # (B, nh, T, hs) -> (B, T, C), heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -170,29 +176,28 @@ class GPT(nn.Module):
             self.groups = [(i, i + 1) for i in range(c.loop_start, c.loop_end)]
         # a gate for each group, loop and channel; a model of one loop has none, it is GPT-2
         self.gates = None
-        if c.residual in GATED and c.n_loop > 1:
+        if RESIDUALS[c.residual]["gates"] and c.n_loop > 1:
             self.gates = nn.Parameter(torch.ones(len(self.groups), c.n_loop, c.n_embd))
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's start: normal matrices, zero biases. What a block adds to x starts smaller."""
+        """GPT-2's start: all matrices normal, biases 0. What a block adds to x starts smaller."""
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                std = 0.02 / math.sqrt(2 * self.config.n_layer)
-                nn.init.normal_(p, std=std * self.c_proj_scale(name))
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+            if p.dim() == 2:
+                std = 0.02
+                if name.endswith("c_proj.weight"):
+                    std /= math.sqrt(2 * self.config.n_layer)
+                nn.init.normal_(p, std=std * self.loop_scale(name))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def c_proj_scale(self, name):
-        """How much smaller a parameter starts than GPT-2's, and how much slower it learns.
+    def loop_scale(self, name):
+        """The factor on a parameter's first standard deviation, and on its learning rate.
 
-        N loops add the output of a looped block N times. So its c_proj.weight, which makes that
-        output, has 1/N. In mean each loop adds 1/N of it already. All else has 1.
+        It is 1/N for the c_proj.weight of a looped block whose output is added N times, else 1.
         """
         c = self.config
-        if not name.endswith("c_proj.weight") or c.residual == "mean":
+        if not name.endswith("c_proj.weight") or RESIDUALS[c.residual]["added"] == "once":
             return 1
         block = int(name.split(".")[1])     # h.0.attn.c_proj.weight
         return 1 / c.n_loop if c.loop_start <= block < c.loop_end else 1
@@ -232,18 +237,18 @@ class GPT(nn.Module):
         first loop: these four do not need it, a variant of yours may.
         """
         start, end = self.groups[group]
-        y = self.blocks(start, end, x, cache, n)        # y = x + g(x)
+        y = self.blocks(start, end, x, cache, n)    # y = x + g(x)
         residual = self.config.residual
-        if residual == "sum" or (residual == "gated" and self.config.n_loop == 1):
-            return y                                    # x + g(x)
-        if residual == "gated":
-            last = self.config.n_loop - 1               # more loops use the last gate again
-            a = self.gates[group, min(n, last)]         # (C,)
-            return x.lerp(y, a)                         # x + a * g(x), exact at a = 0 and a = 1
+        if residual == "gated" and self.gates is not None:
+            last = self.config.n_loop - 1           # more loops use the last gate again
+            a = self.gates[group, min(n, last)]     # (C,)
+            return x.lerp(y, a)                     # x + a * g(x), exact at a = 0 and a = 1
+        if residual in ("sum", "gated"):            # a model of one loop has no gates
+            return y                                # x + g(x)
         if residual == "mean":
-            return x.lerp(y, 1 / N)                     # x + g(x) / N
+            return x.lerp(y, 1 / N)                 # x + g(x) / N
         if residual == "outer":
-            return x + y                                # x + blocks(x)
+            return x + y                            # x + blocks(x)
         raise NotImplementedError(f"GPT.loop has no equation for residual={residual}")
 
     def embed(self, idx, start=0):
@@ -269,7 +274,7 @@ class GPT(nn.Module):
         return F.linear(self.ln_f(x), self.wte.weight)
 
     def loss(self, x, targets):
-        """A state (B, T, C) -> the mean loss in nats, (), over the targets (B, T) but for -1."""
+        """A state (B, T, C) -> the mean loss in nats, (). Targets (B, T) of -1 do not count."""
         x = self.blocks(self.config.loop_end, self.config.n_layer, x)
         return self.head_loss(x, targets)
 
@@ -291,11 +296,10 @@ class GPT(nn.Module):
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None, exit_kl=None):
     """Continue idx (B, T >= 1): yield each new token (B, 1), and how many loops it took.
 
-    The model sees its last block_size tokens. GPT-2's positions are absolute: once the window
-    slides, every token in it has a new position, so nothing can be cached, no loop is skipped, and
-    a token costs the whole window.
+    The model sees the last block_size tokens. GPT-2's positions are absolute: once the window
+    slides, every token in it has a new position. From then on nothing is cached or skipped.
     """
-    N = n_loop or model.config.n_loop
+    N = model.config.n_loop if n_loop is None else n_loop
     block_size = model.config.block_size
     cache = KVCache(block_size)
     new = idx
@@ -314,34 +318,29 @@ def next_logits(model, idx, N, cache=None, exit_kl=None):
     """Return the logits (B, 1, V) after idx (B, T), and the number of loops taken: N, or fewer.
 
     With exit_kl, a single new token stops looping once KL(p(n) || p(n-1)) < exit_kl for the
-    predictions p after loop n and the one before, at n = 2 at the earliest. Skipped loops get the
-    keys and values of the last loop taken. With loop_order="block" only the loops of the last block
-    can be skipped.
+    predictions p after loop n and the one before. Skipped loops get the keys and values of the last
+    one taken. With loop_order="block" only the loops of the last block can be skipped.
     """
     may_exit = exit_kl is not None and cache is not None and cache.length > 0
     last_log_p = None
-    for n, x in enumerate(model.states(idx, N, cache)):
-        if n < N - 1 and not may_exit:
-            continue
+    for n, x in enumerate(model.states(idx, N, cache), start=1):
+        if n < N and not may_exit:
+            continue    # only the last state is needed
         # the blocks after the loop overwrite their keys and values each time
         logits = model.logits(x, cache, last=True)
-        if may_exit:
-            log_p = logits.float().log_softmax(-1)
-            if n > 0:
-                kl = F.kl_div(last_log_p, log_p, reduction="none", log_target=True).sum(-1)
-                if kl.max().clamp(min=0) < exit_kl:     # rounding can make it negative
-                    cache.skip(n, N, range(*model.groups[-1]))
-                    break
-            last_log_p = log_p
-    return logits, n + 1
+        log_p = logits.float().log_softmax(-1)
+        if may_exit and n > 1:
+            kl = F.kl_div(last_log_p, log_p, reduction="none", log_target=True).sum(-1)
+            if kl.max().clamp(min=0) < exit_kl:     # rounding can make it negative
+                cache.skip(n - 1, N, range(*model.groups[-1]))
+                break
+        last_log_p = log_p
+    return logits, n
 
 
 def sample_token(logits, temperature, top_k=None):
-    """Draw one token for each row of logits, among the top_k likeliest: (B, V) -> (B, 1).
-
-    A temperature of 0, or so small that the division would overflow, takes the likeliest.
-    """
-    if temperature < 1e-5:
+    """Draw one token for each row of logits, among the top_k likeliest: (B, V) -> (B, 1)."""
+    if temperature < 1e-5:  # 0, or nearly: the division would overflow
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
@@ -384,16 +383,17 @@ def pick_device(name):
 def pick_dtype(name, device, n_embd):
     """Return the torch.dtype of that name. auto is bfloat16 where that is faster, else float32.
 
-    It is where the hardware computes in bfloat16 itself, on a CPU from a width of 256 on: below,
-    converting costs more than it gains (results/README.md has the table).
+    bfloat16 is faster where the hardware computes in it. On a CPU the model must be 256 wide:
+    below, the conversions cost what the products gain.
     """
     if name != "auto":
         return getattr(torch, name)
+    faster = False
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        faster = n_embd >= 256 and any(map(found.get, ("avx512_bf16", "amx_bf16", "bf16")))
+    elif device.type == "cpu" and n_embd >= 256:
+        found = torch.cpu.get_capabilities()
+        faster = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if faster else torch.float32
 
 
@@ -422,12 +422,13 @@ def load_checkpoint(path, device="cpu"):
         hint = f"{old} is there, rename it" if old.is_file() else "train one with python train.py"
         sys.exit(f"no checkpoint {path}: {hint}")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    config = state.pop("config")
-    unknown = config.keys() - {field.name for field in fields(GPTConfig)}
-    if unknown:
-        sys.exit(f"{path} is of a fork, whose models have {', '.join(unknown)}: use its code")
-    model = GPT(GPTConfig(**config))
-    model.load_state_dict(state.pop("model"))
+    config, weights = state.pop("config"), state.pop("model")
+    try:
+        model = GPT(GPTConfig(**config))
+        model.load_state_dict(weights)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        sys.exit(f"{path} is of other code, such as a fork ({reason}): use that code")
     return model.to(device), state
 
 
@@ -449,19 +450,19 @@ def load_pretrained(path):
         if not name.endswith(masks):
             # OpenAI's matrices are (in, out), nn.Linear's (out, in)
             weights[name] = t.t() if name.startswith("h.") and t.dim() == 2 else t
-    wte, wpe = (weights.get(name, torch.empty(0, 1)) for name in ("wte.weight", "wpe.weight"))
-    n_embd = wte.size(1)
-    blocks = {name.split(".")[1] for name in weights if name.startswith("h.")}
-    head = weights.pop("lm_head.weight", wte)
-    model = None
-    if len(wte) == 50257 and n_embd % 64 == 0 and blocks and torch.equal(head, wte):
-        model = GPT(GPTConfig(len(wpe), len(wte), len(blocks), n_embd // 64, n_embd,
-                              bias="ln_f.bias" in weights))
-    shapes = {name: p.shape for name, p in model.state_dict().items()} if model else None
-    if shapes != {name: t.shape for name, t in weights.items()}:
+    try:
+        wte, wpe = weights["wte.weight"], weights["wpe.weight"]
+        if torch.equal(weights.get("lm_head.weight", wte), wte):    # tied, as it must be
+            weights.pop("lm_head.weight", None)
+        n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
+        n_head, n_embd = wte.size(1) // 64, wte.size(1)
+        bias = "ln_f.bias" in weights
+        model = GPT(GPTConfig(len(wpe), 50257, n_layer, n_head, n_embd, bias=bias))
+        model.load_state_dict(weights)
+        assert n_embd == 64 * n_head
+    except (KeyError, ValueError, RuntimeError, ArithmeticError, AssertionError):
         sys.exit(f"{path} is not a GPT-2: name a ckpt.pt of train.py, or a model.safetensors of "
                  "OpenAI's architecture (heads 64 wide, 50257 tokens, the head tied to wte)")
-    model.load_state_dict(weights)
     return model
 
 

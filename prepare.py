@@ -11,10 +11,9 @@ Every source is a stream of documents, and every document goes the same way:
 
     documents -> train or val -> tokens, on all cores -> train.bin, val.bin
 
-A file is one document, or several with <|endoftext|> between them. Memory holds 200 documents at a
-time, so a source may be larger than memory. What data/ held is replaced at the end, when all has
-been written. Downloads are kept in ~/.cache/loop-gpt2: after an interruption the same command
-completes them.
+A file is one document, or several with <|endoftext|> between them. A document must fit in memory, a
+source need not. What data/ held is replaced at the end, when all has been written. Downloads are
+kept in ~/.cache/loop-gpt2: after an interruption the same command completes them.
 """
 import argparse
 import hashlib
@@ -59,12 +58,11 @@ def get_tokenizer(name):
 
 
 def split_documents(documents, one_in):
-    """Yield (split, text): whole documents with an EOT after each, or the parts of a few.
+    """Yield (split, text), with an EOT after each document.
 
-    No document should stand in both splits, and the order of files should not matter. So the hash
-    of its text decides: one document in `one_in` is for validation. A source of fewer than 100
-    documents is too small for that. There each document is cut at 90%, and EOTs stand between the
-    parts.
+    One document in `one_in` is for validation. The hash of its text decides, so no document is in
+    both splits, and the order of files does not matter. Fewer than 100 documents are too few for
+    that: each is cut at 90%, and EOTs stand between the parts.
     """
     documents = (text for text in documents if text.strip())
     first = list(itertools.islice(documents, 100))
@@ -80,7 +78,7 @@ def split_documents(documents, one_in):
 def token_stream(source, tokenizer, shards):
     """Yield (split, ids) for all of a source, ids (n,) in uint16."""
     if source == "openwebtext":
-        documents, one_in = read_openwebtext(shards), 2000
+        documents, one_in = read_openwebtext(shards), 2000  # 0.05% for validation, as in nanoGPT
     elif source in PUZZLES:
         make, count = PUZZLES[source]
         documents, one_in = make(count), 10
@@ -98,8 +96,8 @@ def token_stream(source, tokenizer, shards):
 def write_data(folder, source, tokenizer, shards):
     """Write a source's tokens to folder, and return what meta.json says of them.
 
-    They are written beside and renamed, meta.json last: a training that reads the old files goes on
-    with them, and whatever fails here leaves them. Exits if a split has too little text.
+    They are written beside and renamed, meta.json last. So a failure leaves the old files, and a
+    training that reads them goes on. Exits if a split has too little text.
     """
     lengths = np.zeros(tokenizer.n_vocab, np.uint8)     # of each token in bytes; EOT is no text
     for i in range(tokenizer.eot_token):
@@ -128,7 +126,8 @@ def load_data(data_dir):
     """Return (train, val, meta): read-only uint16 arrays that stay on disk, and meta.json."""
     folder = Path(data_dir)
     if not (folder / "meta.json").is_file():
-        source = "".join(f" {name}" for name in PUZZLES if data_dir == f"data-{name}")
+        name = data_dir.removeprefix("data-")
+        source = f" {name}" if name in PUZZLES else ""
         sys.exit(f"no data in {data_dir}: run python prepare.py{source} --data_dir={data_dir}")
     meta = json.loads((folder / "meta.json").read_text())
     arrays = [np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS]
@@ -149,7 +148,8 @@ def find_files(source):
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        sys.exit(f"{source} is neither a file nor a folder: leave it out to use Python's library")
+        sys.exit(f"{source} is neither a file nor a folder nor one of pystdlib, shakespeare, "
+                 f"openwebtext, {', '.join(PUZZLES)}: name one of these")
     files = []
     for path in sorted(folder.rglob(pattern)):
         parts = path.relative_to(folder).parts
@@ -170,9 +170,9 @@ def read_files(source):
         else:
             yield from read_documents(path)
     if left_out and len(files) == 1:
-        sys.exit(f"not UTF-8 text: {left_out[0]}: convert it, or name another file")
+        sys.exit(f"cannot read {left_out[0]}: name a file of UTF-8 text")
     if left_out:
-        print(f"left out {len(left_out)} of {len(files)} files, which are not UTF-8 text or cannot "
+        print(f"left out {len(left_out)} of {len(files)} files that are not UTF-8 text or cannot "
               f"be read, the first: {left_out[0]}", file=sys.stderr)
 
 
@@ -212,10 +212,12 @@ def training_map(rng):
     ends = {"t", *rng.sample(LETTERS[:-1], 4)}
     points_to, steps = {}, {}
     for letter in reversed(LETTERS):
+        if letter in ends:
+            points_to[letter], steps[letter] = letter, 0
+            continue
         near = [other for other in steps if steps[other] < 4]
-        target = letter if letter in ends else max(rng.choices(near, k=2), key=steps.get)
-        points_to[letter] = target
-        steps[letter] = 0 if letter in ends else steps[target] + 1
+        target = max(rng.choices(near, k=2), key=steps.get)
+        points_to[letter], steps[letter] = target, steps[target] + 1
     return points_to
 
 
@@ -226,8 +228,14 @@ def test_map(rng):
     """
     letters, points_to = rng.sample(LETTERS, 20), {}
     for chain in (sorted(letters[:10]), sorted(letters[10:])):
-        points_to |= dict(zip(chain, chain[1:] + chain[-1:], strict=True))
+        targets = chain[1:] + chain[-1:]    # the last letter points to itself
+        points_to |= dict(zip(chain, targets, strict=True))
     return points_to
+
+
+def read_map(text):
+    """{letter: the letter it points to} of a puzzle's text, which begins with the map."""
+    return dict(zip(LETTERS, text[:20], strict=True))
 
 
 def follow(points_to, letter):
@@ -272,7 +280,7 @@ def read_openwebtext(shards):
         if not tarfile.is_tarfile(path):    # a login page, say
             path.unlink()
             sys.exit(f"{OPENWEBTEXT.format(i)} gave something that is no tar: it is deleted, run "
-                     "the same command again where the address can be reached")
+                     "the same command again")
         with tarfile.open(path, "r:") as subset:
             for member in subset:
                 if not member.isfile() or not member.name.endswith(".xz"):
@@ -281,7 +289,7 @@ def read_openwebtext(shards):
                     for document in archive:
                         if document.isfile() and document.name.endswith(".txt"):
                             text = archive.extractfile(document).read().decode()
-                            yield re.sub("\n\n\n+", "\n\n", text).strip()
+                            yield re.sub("\n\n\n+", "\n\n", text).strip()   # as published
 
 
 # ---- downloads ----
@@ -388,12 +396,12 @@ def fetch(url, part):
 
 # ---- the command line ----
 
-def make_parser(description, prog=None, **options):
+def make_parser(description, prog=None):
     """argparse, which shows defaults in its help and reports an error in one line."""
     sys.stdout.reconfigure(errors="replace")    # for a terminal that is not UTF-8
     return argparse.ArgumentParser(
         prog, usage=argparse.SUPPRESS, description=description, allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
 def main():

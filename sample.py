@@ -25,7 +25,7 @@ def get_args():
     parser = make_parser("Print what a model writes.")
     add = parser.add_argument
     add("--out_dir", default="out", help="the folder with train.py's ckpt.pt")
-    add("--init_from", help="instead: gpt2, gpt2-medium, -large, -xl or a model.safetensors")
+    add("--init_from", help="instead: gpt2, gpt2-medium, -large, -xl or a file, as in train.py")
     add("--prompt", default="", help=f"the text to continue; {EOT} if empty")
     add("--num_samples", type=positive, default=1, help="number of texts")
     add("--max_new_tokens", type=positive, default=500, help=f"where a text ends, if not at {EOT}")
@@ -45,12 +45,13 @@ def get_args():
 
 def load_model(args, device):
     """Return (model, tokenizer), of train.py's checkpoint or of --init_from."""
-    if args.init_from:
-        model, tokenizer = load_pretrained(find_weights(args.init_from)), get_tokenizer("gpt2")
-    else:
-        model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt")
+    path = find_weights(args.init_from) if args.init_from else Path(args.out_dir) / "ckpt.pt"
+    if path.suffix == ".pt":
+        model, state = load_checkpoint(path)
         tokenizer = get_tokenizer(state["data"]["tokenizer"])
-    # in bfloat16, a token has half the bytes to read
+    else:
+        model, tokenizer = load_pretrained(path), get_tokenizer("gpt2")
+    # each token reads all weights: in bfloat16 they are half the bytes
     dtype = pick_dtype("auto", device, model.config.n_embd)
     return model.to(device, dtype).eval(), tokenizer
 
@@ -115,7 +116,7 @@ def main():
         sys.exit(f"the prompt has {len(ids)} tokens, the model sees {block_size}: shorten it")
     idx = torch.tensor([ids], device=device)    # (1, T)
     max_new_tokens = args.max_new_tokens
-    if args.show_loops:     # all of it in one context
+    if args.show_loops:     # all in one context, which need not read the last token
         max_new_tokens = min(max_new_tokens, block_size + 1 - len(ids))
     torch.manual_seed(args.seed)
     for i in range(args.num_samples):

@@ -8,7 +8,8 @@ Tokens to a model: trains GPT-2 or a Loop Neural Network on what prepare.py wrot
     torchrun --nproc_per_node=8 train.py --preset=gpt2-81m-loop    the same training on eight
 
 Several processes share the sequences of a step. So any number of them gives the same training, up
-to rounding and dropout. Reports go to the terminal, and as JSON lines to out/log.jsonl.
+to rounding and dropout. Reports go to the terminal, and as JSON lines to out/log.jsonl. Two
+trainings at once on one CPU need OMP_NUM_THREADS=1 each: with more threads than cores they crawl.
 """
 import argparse
 import json
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, LOOP_ORDERS, RESIDUALS, GPTConfig, change_layout, flops_per_token
@@ -43,9 +45,11 @@ PRESETS = {
     "gpt2-45m": dict(n_layer=1, n_loop=1, **RECIPE),
     "gpt2-45m-loop": dict(n_layer=1, n_loop=2, **RECIPE),
     # A document of the puzzle has 69 tokens with its end, and only the answers can be predicted.
+    # Loops are drawn, or answers decay after the last one. Dropout and decay make its steps exact.
     "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=10, n_loop_min=6, n_head=4,
-                   residual="sum", dropout=0.1, block_size=68, stride=69, score_after=">",
-                   hide_answers=True, max_steps=7000, learning_rate=2e-3),
+                   n_embd=128, residual="sum", dropout=0.1, weight_decay=0.5, block_size=68,
+                   stride=69, score_after=">", hide_answers=True, max_steps=3500,
+                   learning_rate=2e-3),
 }
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -73,7 +77,7 @@ def make_flags():
     parser = make_parser("Train GPT-2 or a Loop Neural Network on what prepare.py wrote.")
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
-    # what makes the model
+    # what a resumed run can't change
     add("--preset", choices=PRESETS, help="a model with its recipe; other flags override it")
     add("--init_from", help="weights: gpt2, gpt2-medium, -large, -xl, or a file (see find_weights)")
     add("--n_layer", type=positive, default=1, help="number of blocks")
@@ -84,26 +88,26 @@ def make_flags():
     add("--n_loop", type=positive, default=1, help="how often the looped blocks are applied")
     add("--n_loop_min", type=positive, help="draw each step's loops from here to n_loop")
     add("--loop_start", type=int, default=0, help="the first looped block")
-    add("--loop_end", type=positive, help="the block after the last looped one; None loops all")
+    add("--loop_end", type=positive, help="the block after the last looped one; None: to the end")
     add("--loop_order", choices=LOOP_ORDERS, default=GPTConfig.loop_order, help="see GPT.states")
-    add("--residual", choices=RESIDUALS, default=GPTConfig.residual, help="variant of the equation")
+    add("--residual", choices=RESIDUALS, default=GPTConfig.residual, help="equation: see GPT.loop")
     add("--dropout", type=not_negative, default=0.0, help="share of activations dropped")
     add("--bias", action=switch, default=True, help="biases in linear layers and norms")
     add("--batch_size", type=positive, default=8, help="sequences that a process computes at once")
     add("--gradient_accumulation_steps", type=positive, default=1, help="batches in a step, in all")
-    add("--stride", type=positive, default=1, help="sequences start at multiples of it: documents")
+    add("--stride", type=positive, default=1, help="sequences start at multiples of it")
     add("--score_after", help="the loss counts only tokens that follow this one, such as answers")
-    add("--score_count", type=positive, default=1, help="how many tokens after it count")
-    add("--hide_answers", action=switch, help="the input has --score_after in place of them")
-    add("--optimizer", choices=OPTIMIZERS, default="muon", help="muon: AdamW for all but blocks")
+    add("--score_count", type=positive, default=1, help="how many of them after each")
+    add("--hide_answers", action=switch, help="in the input, --score_after stands for them")
+    add("--optimizer", choices=OPTIMIZERS, default="muon", help="muon is for the blocks' matrices")
     add("--learning_rate", type=not_negative, default=8e-3, help="the peak; it falls to a tenth")
     add("--warmup_steps", type=int, default=100, help="steps over which the rate rises")
     add("--weight_decay", type=not_negative, default=0.1, help="weight decay of matrices")
     add("--grad_clip", type=not_negative, default=1.0, help="largest gradient norm; 0: no limit")
     add("--seed", type=int, default=0, help="random seed for weights, batches and dropout")
     add("--eval_iters", type=positive, default=800, help="sequences in an evaluation")
-    fixed = list(vars(parser.parse_args([])))
-    # what makes the run
+    fixed = list(vars(parser.parse_args([])))   # the flags so far
+    # what it can
     add("--data_dir", default="data", help="the folder that prepare.py wrote")
     add("--out_dir", default="out", help="the folder for ckpt.pt, written at each evaluation")
     add("--resume", action="store_true", help="go on from ckpt.pt in out_dir")
@@ -112,7 +116,7 @@ def make_flags():
     add("--eval_interval", type=positive, default=1000, help="steps between evaluations and saves")
     add("--log_interval", type=positive, default=200, help="steps between lines of progress")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the best there is")
-    add("--dtype", choices=DTYPES, default="auto", help="auto: see pick_dtype")
+    add("--dtype", choices=DTYPES, default="auto", help="of products; auto: see pick_dtype")
     add("--compile", action=switch, help="use torch.compile; None: on a GPU that can")
     add("--checkpoint_loops", action=switch, help="save memory: recompute all loops but the last")
     return parser, fixed
@@ -124,6 +128,7 @@ def get_args(argv=None):
     A preset, a pretrained model and a checkpoint set the defaults of flags.
     """
     parser, fixed = make_flags()
+    # what is given by hand wins: each time, set defaults from what was named and parse again
     parser.set_defaults(**PRESETS.get(parser.parse_args(argv).preset, {}))
     args = parser.parse_args(argv)
     model, state, must_be = None, None, {}      # must_be: flags that model decides
@@ -150,6 +155,8 @@ def get_args(argv=None):
     for name in ("seed", "warmup_steps", "loop_start", "max_steps"):
         if not 0 <= getattr(args, name) < 2 ** 31:
             parser.error(f"--{name}={getattr(args, name)} must be 0 or more, and below 2 ** 31")
+    if (args.hide_answers or args.score_count > 1) and args.score_after is None:
+        parser.error("--hide_answers and --score_count need --score_after")
     if args.n_loop_min and args.n_loop_min > args.n_loop:
         parser.error(f"--n_loop_min={args.n_loop_min} must not be above --n_loop={args.n_loop}")
     return args, model, state
@@ -192,10 +199,9 @@ def get_batch(data, args, step, rank=0, world=1):
 
 def get_n_loop(args, step):
     """The loops of a step: n_loop, or with n_loop_min a draw."""
-    if args.n_loop_min is None:
-        return args.n_loop
+    low = args.n_loop_min or args.n_loop
     rng = np.random.default_rng((args.seed, step, 1))   # 1: other draws than get_batch's
-    return int(rng.integers(args.n_loop_min, args.n_loop, endpoint=True))
+    return int(rng.integers(low, args.n_loop, endpoint=True))
 
 
 def get_lr(args, step):
@@ -212,16 +218,16 @@ def get_lr(args, step):
 def inputs_and_targets(rows, device, score_token=None, score_count=1, hide=False):
     """Windows (n, T + 1) -> tokens and targets on the device, (n, T) each.
 
-    With a score_token, only the score_count targets that follow one count: the answers. The others
-    are -1, and the loss ignores them. With hide, the inputs have score_token in place of answers,
-    so that none can be copied from an earlier one.
+    With a score_token, only the score_count tokens after each one are targets: the answers. The
+    others are -1, and the loss ignores them. With hide, the inputs have score_token in place of
+    answers, so that none can be copied from an earlier one.
     """
     if device.type == "cuda":  # the CPU need not wait for a copy from pinned memory
         rows = rows.pin_memory()
     rows = rows.to(device, non_blocking=True)
     x, y = rows[:, :-1], rows[:, 1:]
     if score_token is not None:
-        answers = torch.zeros_like(rows, dtype=torch.bool)
+        answers = torch.zeros_like(rows, dtype=torch.bool)  # cut like x and y below
         for i in range(1, score_count + 1):
             answers[:, i:] |= rows[:, :-i] == score_token
         y = y.masked_fill(~answers[:, 1:], -1)
@@ -262,7 +268,7 @@ def evaluate(model, data, args, device, scoring=(), rank=0, world=1):
         x, y = inputs_and_targets(windows(data, starts[i:i + B], T), device, *scoring)
         # a smaller batch at the end would compile anew: fill it up with targets that don't count
         empty = (0, 0, 0, B - len(x))
-        x, y = torch.nn.functional.pad(x, empty), torch.nn.functional.pad(y, empty, value=-1)
+        x, y = F.pad(x, empty), F.pad(y, empty, value=-1)
         counted = (y >= 0).sum().item()
         losses += counted * model.loop_losses(x, y).cpu()
         targets += counted
@@ -274,6 +280,7 @@ def evaluate(model, data, args, device, scoring=(), rank=0, world=1):
 
 
 def mean_over_processes(x, device):
+    """The mean of x over all processes: x itself if there is one."""
     if dist.is_initialized():
         x = x.to(device)
         dist.all_reduce(x)
@@ -288,7 +295,7 @@ class Muon(torch.optim.Optimizer):
 
     After Keller Jordan et al., Muon, 2024. The update has the size of AdamW's (arXiv 2502.16982),
     so one learning rate serves both. torch.optim.Muon computes the same in bfloat16 everywhere,
-    which most CPUs only emulate.
+    which most CPUs only emulate. Here it is so where that is faster, whatever --dtype says.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -329,18 +336,19 @@ def orthogonal(g):
 def configure_optimizers(model, args):
     """Return a list of optimizers: AdamW; or Muon for the blocks' matrices and AdamW for the rest.
 
-    Every parameter is in one group. Weight decay is for matrices only, not for biases, norms and
-    gates. The c_proj of looped blocks move slower: see GPT.c_proj_scale.
+    Weight decay is for matrices only, not for biases, norms and gates. For the scale of the rate
+    see GPT.loop_scale.
     """
-    groups = {True: {}, False: {}}  # in blocks, elsewhere: {(decay, scale): parameters}
+    groups = {}     # {what a group's parameters have in common: its parameters}
     for name, p in model.named_parameters():
         is_matrix = p.dim() == 2
         in_blocks = is_matrix and name.startswith("h.")
-        kind = args.weight_decay * is_matrix, model.c_proj_scale(name)
-        groups[in_blocks].setdefault(kind, []).append(p)
-    matrices, rest = (
-        [{"params": params, "weight_decay": decay, "lr_scale": scale}
-         for (decay, scale), params in kinds.items()] for kinds in (groups[True], groups[False]))
+        kind = in_blocks, args.weight_decay * is_matrix, model.loop_scale(name)
+        groups.setdefault(kind, []).append(p)
+    matrices, rest = [], []
+    for (in_blocks, decay, scale), params in groups.items():
+        group = {"params": params, "weight_decay": decay, "lr_scale": scale}
+        (matrices if in_blocks else rest).append(group)
     adamw = dict(lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
     if args.optimizer == "adamw":
         return [torch.optim.AdamW(matrices + rest, **adamw)]
@@ -353,7 +361,7 @@ def configure_optimizers(model, args):
 # ---- the machine ----
 
 def use_machine(model, args, device):
-    """Apply --compile, --checkpoint_loops and --dtype. Return autocast."""
+    """Apply --compile, --checkpoint_loops and --dtype. Return (autocast, the dtype)."""
     # high: TF32, on a GPU that has it
     torch.set_float32_matmul_precision("highest" if args.dtype == "float32" else "high")
     on_cuda = device.type == "cuda"
@@ -364,8 +372,9 @@ def use_machine(model, args, device):
         compile_blocks(model)
     model.checkpoint_loops = args.checkpoint_loops
     dtype = pick_dtype(args.dtype, device, args.n_embd)
-    # without a cache of casts, the gradient of a looped weight is summed over the loops in float32
-    return torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16, cache_enabled=False)
+    # no cache: each loop casts a weight anew, so that its gradients are summed in float32
+    enabled = dtype == torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled, cache_enabled=False), dtype
 
 
 def compile_blocks(model, **options):
@@ -486,27 +495,29 @@ def train(args, model=None, state=None):
             sys.exit(f"the checkpoint has {start} steps: give more --max_steps or --target_flops")
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    autocast = use_machine(model, args, device)
+    autocast, dtype = use_machine(model, args, device)
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # what is reported
     out = Path(args.out_dir)
     params = sum(p.numel() for p in model.parameters())
     if rank == 0:
-        _, y = inputs_and_targets(get_batch(train_data, args, 0), device, *scoring)
-        scored = f", of which {(y >= 0).float().mean():.0%} count" if scoring else ""
+        scored = ""
+        if scoring:
+            _, y = inputs_and_targets(get_batch(train_data, args, 0), device, *scoring)
+            scored = f", of which {(y >= 0).float().mean():.0%} count"
         print(f"n_layer={config.n_layer}, h[{config.loop_start}:{config.loop_end}] x "
               f"{config.n_loop} ({config.residual}), {params:,} parameters, "
               f"{flops / 1e6:.1f} MFLOPs per token\n"
               f"{meta['dataset']}, {len(train_data):,} {meta['tokenizer']} tokens, "
               f"{args.max_steps} steps of {step_tokens:,}{scored}, {world} x {device.type}, "
-              f"{pick_dtype(args.dtype, device, args.n_embd)}", flush=True)
+              f"{dtype}, {' and '.join(type(each).__name__ for each in optimizers)}", flush=True)
         start_folder(out, args.resume)
 
     # report, evaluate, save, then train: a checkpoint holds exactly the reported model
     loss = norm = lr = None
-    began = interval_began = time.perf_counter()
-    interval_step = start
+    interval_began, interval_step = time.perf_counter(), start
+    began = interval_began - seconds
     for step in range(start, args.max_steps + 1):  # step: the number of updates done
         last = step == args.max_steps
         evaluating = last or step % args.eval_interval == 0
@@ -520,11 +531,11 @@ def train(args, model=None, state=None):
             with autocast:
                 losses = evaluate(model, val_data, args, device, scoring, rank, world)
             record |= {"val_loss": losses[-1], "loop_losses": losses}
-        for name in {"loss", "norm", "val_loss"} & record.keys():
-            if not math.isfinite(record[name]):
+        for name in ("loss", "norm", "val_loss"):
+            if not math.isfinite(record.get(name, 0)):
                 if rank == 0:   # the last line on stdout is JSON even then
                     print(json.dumps({"step": step, "val_loss": None}), flush=True)
-                sys.exit(f"{name} is {record[name]} at step {step}: start anew with a smaller "
+                sys.exit(f"the {name} is {record[name]} at step {step}: start anew with a smaller "
                          "--learning_rate")
         if logging and rank == 0:
             print(describe(record, args, step_tokens), flush=True)
@@ -533,7 +544,7 @@ def train(args, model=None, state=None):
         # the first step has nothing new, but every run ends with a checkpoint
         if evaluating and rank == 0 and (step > start or last):
             save_checkpoint(out / "ckpt.pt", model, step=step, args=vars(args), data=meta,
-                            seconds=seconds + time.perf_counter() - began,
+                            seconds=time.perf_counter() - began,
                             optimizers=[optimizer.state_dict() for optimizer in optimizers])
         if logging:
             interval_began, interval_step = time.perf_counter(), step
@@ -551,6 +562,7 @@ def train(args, model=None, state=None):
         loss, norm = train_step(net, optimizers, x, y, args, autocast, get_n_loop(args, step))
 
     if world > 1:
+        time.sleep(0.1)  # or, on a busy CPU, gloo's threads may still run, and abort the process
         dist.destroy_process_group()
     if rank == 0:
         tokens = args.max_steps * step_tokens
@@ -560,7 +572,7 @@ def train(args, model=None, state=None):
             "bits_per_byte": None if scoring else bits,
             "gates": None if model.gates is None else model.gates.mean(-1).tolist(),
             "params": params, "tokens": tokens, "flops": flops * tokens,
-            "seconds": round(seconds + time.perf_counter() - began, 1)}))
+            "seconds": round(time.perf_counter() - began, 1)}))
 
 
 def main():

@@ -7,13 +7,11 @@ What models learn when they are trained side by side: the tables and pictures of
 
 Every model gets the same data, with the same seed in the same order, and the same evaluation.
 --sweep finds each its own learning rate: it tries rates a factor of two apart, with seed 0, until
-the best lies between two others, in at most 12 trials. The best has the lowest validation loss; for
-the puzzle, the fewest wrong answers after 12 loops, on maps of its own. All trials are recorded.
+the best lies between two others, in at most 12 trials. All trials are recorded.
 
 A run in out-study/ that is finished is not repeated, an interrupted one goes on. Its folder's name
-holds a hash of its flags, its data, and the code of model.py and train.py.
+holds a hash of its flags, its data and the code.
 """
-import hashlib
 import json
 import os
 import queue
@@ -23,6 +21,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +36,11 @@ from prepare import load_data, make_parser
 
 NARROW = "--n_embd=32"
 BLOCKS = "--preset=arrows --n_layer=6 --n_loop_min=1 --n_loop=1"
-GPT2 = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
-        "--eval_iters=640 --eval_interval=10000")
-# {experiment: {label: flags of train.py}}. --compute_of=LABEL gives a model as many FLOPs.
+SHORT = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
+         "--eval_iters=640 --eval_interval=10000")
+CODE = ("model.py", "train.py", "prepare.py", "bench.py")
+# {experiment: {label: flags of train.py}}. A last flag --compute_of=LABEL gives a model the compute
+# of that label, which stands before it.
 EXPERIMENTS = {
     "default": {    # equal data, then equal compute, where lower rates are better
         "1 loop": "--n_loop=1",
@@ -70,14 +71,14 @@ EXPERIMENTS = {
         "1 block, compute of 1 x 2": f"{NARROW} --n_layer=1 --compute_of='1 block x 2'",
     },
     "paper": {      # pairs at GPT-2's width and vocabulary, for one GPU
-        "12 blocks": f"--preset=gpt2-124m {GPT2}",
-        "6 blocks x 6": f"--preset=gpt2-81m-loop {GPT2}",
-        "6 blocks x 6, no gate": f"--preset=gpt2-81m-loop --residual=sum {GPT2}",
-        "36 blocks": f"--preset=gpt2-124m --n_layer=36 {GPT2}",
-        "1 block": f"--preset=gpt2-45m {GPT2}",
-        "1 block x 2": f"--preset=gpt2-45m-loop {GPT2}",
-        "1 block x 2, no gate": f"--preset=gpt2-45m-loop --residual=sum {GPT2}",
-        "2 blocks": f"--preset=gpt2-45m --n_layer=2 {GPT2}",
+        "12 blocks": f"--preset=gpt2-124m {SHORT}",
+        "6 blocks x 6": f"--preset=gpt2-81m-loop {SHORT}",
+        "6 blocks x 6, no gate": f"--preset=gpt2-81m-loop --residual=sum {SHORT}",
+        "36 blocks": f"--preset=gpt2-124m --n_layer=36 {SHORT}",
+        "1 block": f"--preset=gpt2-45m {SHORT}",
+        "1 block x 2": f"--preset=gpt2-45m-loop {SHORT}",
+        "1 block x 2, no gate": f"--preset=gpt2-45m-loop --residual=sum {SHORT}",
+        "2 blocks": f"--preset=gpt2-45m --n_layer=2 {SHORT}",
     },
     "arrows": {     # the puzzle, and controls with its compute
         "the loop": "--preset=arrows",
@@ -109,18 +110,18 @@ def get_models(texts, extra):
     return models
 
 
-def train_run(label, flags, data_sha256, gpus, rate, seed):
+def train_run(label, flags, places, rate, seed):
     """Return the last line of train.py with these flags, as a dict. Its val_loss may be None."""
     flags = [*flags, f"--learning_rate={rate:g}", f"--seed={seed}"]
     args, *_ = train.get_args(flags)
-    code = [(HERE.parent / name).read_text() for name in ("model.py", "train.py")]
-    key = hashlib.sha256(json.dumps([vars(args), data_sha256, code]).encode()).hexdigest()[:12]
-    folder = Path("out-study") / f"{args.n_layer}x{args.n_loop}-{key}"
+    code = [(HERE.parent / name).read_text() for name in CODE]
+    key = json.dumps([vars(args), load_data(args.data_dir)[2], code]).encode()
+    folder = Path("out-study") / f"{args.n_layer}x{args.n_loop}-{sha256(key).hexdigest()[:12]}"
     path = folder / "result.json"
-    earlier = ", from an earlier run" if path.exists() else ""
-    if not earlier:
+    done = path.exists()
+    if not done:
         resumed = (folder / "ckpt.pt").exists()
-        result = run_train_py(["--resume"] if resumed else flags, folder, gpus)
+        result = run_train_py(["--resume"] if resumed else flags, folder, places)
         if args.preset == "arrows" and result["val_loss"] is not None:
             model, _ = load_checkpoint(folder / "ckpt.pt")
             n_loop = 20 if args.n_loop > 1 else 1
@@ -132,44 +133,37 @@ def train_run(label, flags, data_sha256, gpus, rate, seed):
             checkpoint.unlink()  # large, and no longer needed
     result = json.loads(path.read_text())
     outcome = "diverged" if result["val_loss"] is None else f"{score(result):.4f}"
-    print(f"{label:<26} rate {rate:g}, seed {seed}: {outcome}  ({folder}{earlier})", flush=True)
+    print(f"{label:<26} rate {rate:g}, seed {seed}: {outcome}  ({folder}"
+          + (", from an earlier run)" if done else ")"), flush=True)
     return result
 
 
-def run_train_py(flags, folder, gpus):
-    """Run train.py in a process of its own, on one GPU or one CPU core. Return its last line.
+def run_train_py(flags, folder, places):
+    """Run train.py in a process of its own, in a free place. Return its last line.
 
     That line is JSON also if the training diverged. What it printed stays in folder/out.txt.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    gpu = gpus.get() if gpus else None
-    one = {"OMP_NUM_THREADS": "1"} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
     command = [sys.executable, HERE.parent / "train.py", *flags, f"--out_dir={folder}"]
+    place = places.get()
     with open(folder / "out.txt", "a+") as out:
-        subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | one)
+        subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | place)
         out.seek(0)
         results = [line for line in out if line.startswith("{")]
-    if gpus:
-        gpus.put(gpu)
+    places.put(place)
     if not results:
         sys.exit(f"the run in {folder} failed, see its out.txt")
     return json.loads(results[-1])
 
 
-def after_loop_12(table):
-    """The row of right_answers that a model is judged by. A model without a loop has one only."""
-    return table[:12][-1]
-
-
 def score(run):
     """What decides between learning rates, less is better: None if the run diverged.
 
-    The puzzle's validation loss would not do. It is of 0 to 4 steps, which are nearly all right at
-    several rates. So there it is the share of wrong answers of 0 to 9 steps, about other maps than
-    those of the table.
+    For the puzzle it is the share of wrong answers after loop 12, on maps that the table does not
+    use. Its validation loss would not do: it is of 0 to 4 steps, nearly all right at several rates.
     """
     if "right" in run:
-        return 1 - np.mean(after_loop_12(run["right_validation"]))
+        return 1 - np.mean(run["right_validation"][:12][-1])    # one row, if it has one loop
     return run["val_loss"]
 
 
@@ -198,53 +192,52 @@ def study_model(train_at, flags, seeds, sweep):
 # ---- many models ----
 
 def get_args(argv):
-    """Return (args, texts, extra): texts is {label: flags}, extra are flags for all models."""
-    parser = make_parser(__doc__.strip().splitlines()[0], "study.py")
+    """Return (args, experiment, texts, extra): {label: flags}, and the flags for all models."""
+    parser = make_parser(f"{__doc__} Experiments: {', '.join(EXPERIMENTS)}", "study.py")
     add = parser.add_argument
     add("--name", help="of the files in results/; None: made of the experiment and the flags")
     add("--seeds", type=train.positive, default=3, help="number of seeds, from 0 on")
     add("--sweep", action="store_true", help="find a learning rate for each model")
     add("--workers", type=train.positive, help="runs at once; None: one for each GPU or core")
     args, rest = parser.parse_known_args(argv)
-    given = [part for part in rest if part in EXPERIMENTS]
-    several = [part for part in rest if " " in part]
-    if given:
-        texts, extra = EXPERIMENTS[given[0]], [part for part in rest if part != given[0]]
-    else:
-        texts, extra = {part: part for part in rest}, []
-    ours = [part for part in rest for name in ("--seed", "--out_dir", "--resume")
-            if re.search(rf"(^| ){name}( |=|$)", part)]
-    if ours:
-        parser.error(f"{ours[0]}: study.py chooses seeds and folders itself, see --seeds")
-    if not texts or (given and several) or not all(part.startswith("-") for part in extra):
+    if any(re.search(r"(^| )--(seed|out_dir|resume)\b", part) for part in rest):
+        parser.error("it chooses --seed, --out_dir and --resume itself, see --seeds")
+    experiment = next((part for part in rest if part in EXPERIMENTS), None)
+    extra = [part for part in rest if part != experiment]
+    if not rest or not all(part.startswith("-") for part in extra):
         parser.error(f"name an experiment ({', '.join(EXPERIMENTS)}) or the flags of models")
-    return args, texts, extra
+    if experiment:
+        return args, experiment, EXPERIMENTS[experiment], extra
+    return args, None, {part: part for part in extra}, []
 
 
 def study(argv):
     """Train the models that the command line names. Write their table and picture to results/."""
-    args, texts, extra = get_args(argv)
-    parts = [args.name or next((name for name in EXPERIMENTS if name in argv), "models")]
-    parts += ["sweep"] * args.sweep + [f"seeds={args.seeds}"] * (args.seeds != 3)
-    parts += [flag.lstrip("-") for flag in extra if not args.name]
-    name = re.sub(r"[^A-Za-z0-9=._-]+", "_", "-".join(parts))[:100]     # before hours of training
-    path = Path("results") / f"{name}.json"
+    args, experiment, texts, extra = get_args(argv)
+    name = args.name or experiment or f"models-{sha256(repr(texts).encode()).hexdigest()[:6]}"
+    name += "-sweep" if args.sweep else ""
+    name += f"-seeds={args.seeds}" if args.seeds != 3 else ""
+    name += "" if args.name else "".join(f"-{flag.lstrip('-')}" for flag in extra)
+    path = Path("results") / (re.sub(r"[^A-Za-z0-9.=,_-]+", "_", name)[:100] + ".json")
     path.parent.mkdir(exist_ok=True)
 
     models = get_models(texts, extra)
     base, *_ = train.get_args(next(iter(models.values())))
-    _, _, meta = load_data(base.data_dir)
+    meta = load_data(base.data_dir)[2]
     device = pick_device(base.device)
-    count = torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads()
-    gpus = queue.Queue() if device.type == "cuda" else None
-    for gpu in range(count if gpus else 0):
-        gpus.put(gpu)
-    workers = args.workers or count
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = {label: pool.submit(study_model, partial(train_run, label, flags,
-                                   meta["train"]["sha256"], gpus), flags, args.seeds, args.sweep)
-                for label, flags in models.items()}
-    rows = {label: job.result() for label, job in jobs.items()}
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    workers = args.workers or gpus or torch.get_num_threads()
+    places = queue.Queue()      # one GPU or one CPU core for each worker
+    for i in range(workers):
+        places.put({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {"OMP_NUM_THREADS": "1"})
+    print(f"{len(models)} models, {workers} runs at once", flush=True)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        jobs = {label: pool.submit(study_model, partial(train_run, label, flags, places), flags,
+                                   args.seeds, args.sweep) for label, flags in models.items()}
+        rows = {label: job.result() for label, job in jobs.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C, start no other model
 
     setting = (f"{meta['dataset']}, {meta['train']['tokens']:,} {meta['tokenizer']} tokens; "
                f"{workers} x {device_name(device)}, torch {torch.__version__}")
@@ -254,9 +247,9 @@ def study(argv):
     print(f"written: {path}")
     rows = {label: row for label, row in rows.items() if finished(row)}
     gated = {label: row for label, row in rows.items() if finished(row)[0]["gates"]}
-    if rows and base.preset == "arrows":
+    if rows and all("right" in finished(row)[0] for row in rows.values()):
         show_answers(rows, path.with_suffix(".png"))
-    elif parts[0] == "compute":
+    elif experiment == "compute":
         save_picture(path.with_suffix(".png"), draw_differences, rows)
     elif gated:
         save_picture(path.with_suffix(".png"), draw_gates, gated)
@@ -293,7 +286,7 @@ def show_answers(rows, path):
     """
     tables = {label: np.mean([run["right"] for run in finished(row)], axis=0)
               for label, row in rows.items()}
-    ends = {label: after_loop_12(table) for label, table in tables.items()}
+    ends = {label: table[:12][-1] for label, table in tables.items()}
     print_answers(ends)
     first, *others = ends
     save_picture(path, draw_answers, tables[first], {label: ends[label] for label in others})
@@ -336,19 +329,12 @@ def draw_gates(axes, rows):
     axes.legend()
 
 
-def curves(folders):
-    """Draw the losses that train.py has logged in each folder, to curves.png."""
-    if not folders:
-        sys.exit("name folders with a log.jsonl: python results/study.py curves out out-2")
-    save_picture("curves.png", draw_curves, folders)
-
-
 def draw_curves(axes, folders):
     """Draw the training loss as a line, the validation loss as dots: a colour for each folder."""
     for i, folder in enumerate(folders):
         lines = [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
         records = {record["step"]: record for record in lines}  # a resumed run repeats some steps
-        for name, style in (("loss", "-"), ("val_loss", "o")):
+        for name, style in (("loss", ".-"), ("val_loss", "o")):
             points = [(step, record[name]) for step, record in records.items() if name in record]
             label = folder if name == "val_loss" else None      # one entry in the legend
             axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label)
@@ -357,9 +343,14 @@ def draw_curves(axes, folders):
 
 
 def main():
-    command, *rest = sys.argv[1:] or ["--help"]
+    command, *folders = sys.argv[1:] or ["--help"]
+    if command == "curves":
+        missing = [folder for folder in folders if not Path(folder, "log.jsonl").exists()]
+        if missing or not folders:
+            sys.exit(f"no log.jsonl in {', '.join(missing)}: name folders that train.py wrote")
+        return save_picture("curves.png", draw_curves, folders)
     try:
-        curves(rest) if command == "curves" else study([command, *rest])
+        study(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit("\nstopped: the same command goes on where it was")
 
