@@ -223,11 +223,11 @@ def draw_answers(axes, table, others):
         axes.plot(np.array(row) * 100, "--", label=label)
     axes.axhline(50, color="gray", linestyle=":", label="a blind guess")
     axes.axvline(4.5, color="red", linewidth=1)
-    axes.annotate("trained on 0 to 4 steps", (4.4, 6), ha="right", color="red")
+    axes.text(4.55, 60, "training: 0 to 4 steps", color="red", rotation=90)
     axes.set_xticks(range(10))
     axes.set(xlabel="steps from the question to its answer", ylabel="right answers in %",
              ylim=(0, 103), title="right answers after each loop")
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def save_picture(path, draw, *args):

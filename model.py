@@ -328,13 +328,14 @@ def next_logits(model, idx, N, cache=None, exit_kl=None):
             continue    # only the last state is needed
         # the blocks after the loop overwrite their keys and values each time
         logits = model.logits(x, cache, last=True)
-        log_p = logits.float().log_softmax(-1)
-        if may_exit and n > 1:
-            kl = F.kl_div(last_log_p, log_p, reduction="none", log_target=True).sum(-1)
-            if kl.max().clamp(min=0) < exit_kl:     # rounding can make it negative
-                cache.skip(n - 1, N, range(*model.groups[-1]))
-                break
-        last_log_p = log_p
+        if may_exit:
+            log_p = logits.float().log_softmax(-1)
+            if n > 1:
+                kl = F.kl_div(last_log_p, log_p, reduction="none", log_target=True).sum(-1)
+                if kl.max().clamp(min=0) < exit_kl:     # rounding can make it negative
+                    cache.skip(n - 1, N, range(*model.groups[-1]))
+                    break
+            last_log_p = log_p
     return logits, n
 
 
