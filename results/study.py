@@ -208,7 +208,9 @@ def get_args(argv):
         parser.error(f"name an experiment ({', '.join(EXPERIMENTS)}) or the flags of models")
     if experiment:
         return args, experiment, EXPERIMENTS[experiment], extra
-    return args, None, {part: part for part in extra}, []
+    shared = set.intersection(*(set(part.split()) for part in extra))   # no need to name these
+    labels = [" ".join(flag for flag in part.split() if flag not in shared) for part in extra]
+    return args, None, {label or part: part for label, part in zip(labels, extra, strict=True)}, []
 
 
 def study(argv):
