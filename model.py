@@ -423,13 +423,12 @@ def load_checkpoint(path, device="cpu"):
         hint = f"{old} is there, rename it" if old.is_file() else "train one with python train.py"
         sys.exit(f"no checkpoint {path}: {hint}")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    config, weights = state.pop("config"), state.pop("model")
     try:
-        model = GPT(GPTConfig(**config))
-        model.load_state_dict(weights)
-    except (TypeError, AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        sys.exit(f"{path} is of other code, such as a fork ({reason}): use that code")
+        config = GPTConfig(**state.pop("config"))
+    except (TypeError, AssertionError) as error:
+        sys.exit(f"{path} is of other code, such as a fork ({error}): use that code")
+    model = GPT(config)
+    model.load_state_dict(state.pop("model"))
     return model.to(device), state
 
 
@@ -451,19 +450,21 @@ def load_pretrained(path):
         if not name.endswith(masks):
             # OpenAI's matrices are (in, out), nn.Linear's (out, in)
             weights[name] = t.t() if name.startswith("h.") and t.dim() == 2 else t
+    usage = ("name a ckpt.pt of train.py, or a model.safetensors of OpenAI's architecture (heads "
+             "64 wide, 50257 tokens, the head tied to wte)")
+    wte, wpe = weights.get("wte.weight"), weights.get("wpe.weight")
+    blocks = {name.split(".")[1] for name in weights if name.startswith("h.")}
+    if wte is None or wpe is None or not blocks or wte.size(1) % 64:
+        sys.exit(f"{path} is not a GPT-2: {usage}")
+    if torch.equal(weights.get("lm_head.weight", wte), wte):    # tied, as it must be
+        weights.pop("lm_head.weight", None)
+    model = GPT(GPTConfig(block_size=len(wpe), n_layer=len(blocks), n_head=wte.size(1) // 64,
+                          n_embd=wte.size(1), bias="ln_f.bias" in weights))
     try:
-        wte, wpe = weights["wte.weight"], weights["wpe.weight"]
-        if torch.equal(weights.get("lm_head.weight", wte), wte):    # tied, as it must be
-            weights.pop("lm_head.weight", None)
-        n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
-        n_head, n_embd = wte.size(1) // 64, wte.size(1)
-        bias = "ln_f.bias" in weights
-        model = GPT(GPTConfig(len(wpe), 50257, n_layer, n_head, n_embd, bias=bias))
         model.load_state_dict(weights)
-        assert n_embd == 64 * n_head
-    except (KeyError, ValueError, RuntimeError, ArithmeticError, AssertionError):
-        sys.exit(f"{path} is not a GPT-2: name a ckpt.pt of train.py, or a model.safetensors of "
-                 "OpenAI's architecture (heads 64 wide, 50257 tokens, the head tied to wte)")
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        sys.exit(f"{path} is not a GPT-2 ({reason}): {usage}")
     return model
 
 

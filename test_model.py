@@ -597,7 +597,7 @@ def test_a_file_that_would_load_wrong_does_not_load(hugging_face, tmp_path):
                    {name("wte"): head[:1000].clone()}, {name("wte"): F.pad(head, (0, 0, 0, 47))},
                    {name("wte"): head[:, :100].clone()}, {name("h.1.mlp.c_fc"): F.pad(fc, (0, 8))}):
         save_file(good | change, tmp_path / "f.safetensors")
-        with pytest.raises(SystemExit, match="f.safetensors is not a GPT-2: name a ckpt.pt"):
+        with pytest.raises(SystemExit, match="f.safetensors is not a GPT-2.*: name a ckpt.pt"):
             load_pretrained(tmp_path / "f.safetensors")
     (tmp_path / "text.txt").write_text("Once upon a time")
     with pytest.raises(SystemExit, match="text.txt is not a GPT-2"):
@@ -657,10 +657,9 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_checkpoint_of_a_fork_says_so(tmp_path):
     save_checkpoint(tmp_path / "c.pt", small())
     state = torch.load(tmp_path / "c.pt", weights_only=True)
-    for change in (state["config"] | {"rotary": True}, state["config"] | {"residual": "mine"},
-                   state["config"] | {"n_layer": 4}):
-        torch.save(state | {"config": change}, tmp_path / "c.pt")
-        with pytest.raises(SystemExit, match="of other code, .*(rotary|mine|h\\.3).*use that code"):
+    for change in ({"rotary": True}, {"residual": "mine"}):
+        torch.save(state | {"config": state["config"] | change}, tmp_path / "c.pt")
+        with pytest.raises(SystemExit, match="of other code, .*(rotary|mine).*use that code"):
             load_checkpoint(tmp_path / "c.pt")
 
 
