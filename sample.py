@@ -5,7 +5,8 @@ A model to text: prints what the model writes, token by token.
     python sample.py --prompt="def main():" --num_samples=3
     python sample.py --exit_kl=0.01                       loop until the prediction has settled
     python sample.py --show_loops                         see each loop's guess for each new token
-    python sample.py --n_loop=12                          loop more often than in training
+    python sample.py --out_dir=out-arrows --n_loop=12 --max_new_tokens=1 --show_loops \\
+        --prompt="bfdehgjiklmpnosqrtsta>"                 the puzzle, which needs more loops
     python sample.py --init_from=gpt2 --prompt="Hello"    OpenAI's GPT-2
 """
 import codecs
