@@ -168,6 +168,23 @@ def test_documents_stay_whole_and_their_hash_decides_the_split(tmp_path):
             assert len(expected) > 15
 
 
+def test_a_failure_leaves_the_old_data_and_a_success_its_readers(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    prepared(tmp_path, tmp_path / "a.txt")
+    before, reader = snapshot(tmp_path / "data"), load_data(tmp_path / "data")[0]
+    text = bytes(reader.astype(np.uint8))
+    (tmp_path / "b.txt").write_bytes(b"x" * 1000 + EOT.encode() + b"\xff")
+    (tmp_path / "c.txt").write_text("c")
+    for name in ("b.txt", "c.txt"):
+        with pytest.raises(SystemExit):
+            prepared(tmp_path, tmp_path / name)
+        assert snapshot(tmp_path / "data") == before
+    (tmp_path / "c.txt").write_text("other text " * 9)
+    prepared(tmp_path, tmp_path / "c.txt")
+    assert bytes(reader.astype(np.uint8)) == text and snapshot(tmp_path / "data") != before
+    assert sorted(os.listdir(tmp_path / "data")) == ["meta.json", "train.bin", "val.bin"]
+
+
 def test_the_python_library_is_found_without_what_pip_installed():
     files = prepare.find_files("pystdlib")
     assert len(files) == len(set(files)) > 300 and all(path.suffix == ".py" for path in files)
@@ -294,6 +311,17 @@ def test_downloads_that_cannot_be_had_say_so(served):
     with pytest.raises(SystemExit, match="Connection refused"):
         prepare.download("http://127.0.0.1:9/f", sha256)  # nobody listens there
     assert snapshot(".") == {}
+
+
+def test_a_page_in_place_of_a_tar_is_not_kept(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "OPENWEBTEXT", served + "/{:02}.tar")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)       # there is no home
+    monkeypatch.setattr(prepare.tempfile, "gettempdir", lambda: str(tmp_path))
+    Server.files = {"00.tar": b"<html>log in</html>"}
+    with pytest.raises(SystemExit, match="something that is no tar: it is deleted"):
+        list(prepare.read_openwebtext(1))
+    assert snapshot(tmp_path) == {}
 
 
 def tar_of(*members):
@@ -946,6 +974,15 @@ def test_a_second_run_keeps_the_first(tiny_data):
     assert old.read_bytes() == first and path.read_bytes() != first
     finish("train.py", "--resume", "--out_dir=twice", cwd=tiny_data)
     assert old.read_bytes() == first
+
+
+def test_a_plain_python_is_one_process_and_any_folder_s_name_can_be_shown(tiny_data, monkeypatch):
+    for name, value in dict(RANK="", WORLD_SIZE="2", LOCAL_RANK="1", PYTHONIOENCODING="cp1252"
+                            ).items():
+        monkeypatch.setenv(name, value)
+    assert "?/val.bin" in finish("prepare.py", "text.txt", "--data_dir=Ω", cwd=tiny_data)
+    result = result_of(*TINY, "--max_steps=2", "--data_dir=Ω", "--out_dir=plainΩ", cwd=tiny_data)
+    assert result["step"] == 2 and (tiny_data / "plainΩ" / "ckpt.pt").exists()
 
 
 def test_target_flops_set_the_steps(tiny_data):
