@@ -204,32 +204,29 @@ LETTERS = "abcdefghijklmnopqrst"
 
 
 def training_map(rng):
-    """{letter: the letter it points to}, with 5 ends, which point to themselves. t is one of them.
-
-    Each other letter draws two of the letters after it that are fewer than 4 steps from their end,
-    and points to the farther one. So long ways are common, and none has more than 4 steps.
-    """
-    ends = {"t", *rng.sample(LETTERS[:-1], 4)}
-    points_to, steps = {}, {}
-    for letter in reversed(LETTERS):
-        if letter in ends:
-            points_to[letter], steps[letter] = letter, 0
-            continue
-        near = [other for other in steps if steps[other] < 4]
-        target = max(rng.choices(near, k=2), key=steps.get)
-        points_to[letter], steps[letter] = target, steps[target] + 1
-    return points_to
+    """A map for questions of 0 to 4 steps: chains of 1 to 5 letters."""
+    return chain_map(rng, lengths=range(1, 6))
 
 
 def test_map(rng):
-    """{letter: the letter it points to}: two chains of 10 letters, for questions of 0 to 9 steps.
+    """A map for questions of 0 to 9 steps: two chains of 10 letters.
 
     Both ends have 10 letters that lead to them, so a blind guess of an end is right in 50%.
     """
-    letters, points_to = rng.sample(LETTERS, 20), {}
-    for chain in (sorted(letters[:10]), sorted(letters[10:])):
-        targets = chain[1:] + chain[-1:]    # the last letter points to itself
-        points_to |= dict(zip(chain, targets, strict=True))
+    return chain_map(rng, lengths=[10])
+
+
+def chain_map(rng, lengths):
+    """{letter: the letter it points to}: the letters are dealt into chains of drawn lengths.
+
+    A chain is in the alphabet's order. Its last letter, the end, points to itself.
+    """
+    letters, points_to = rng.sample(LETTERS, len(LETTERS)), {}
+    while letters:
+        length = rng.choice(lengths)
+        chain = sorted(letters[:length])
+        letters = letters[length:]
+        points_to |= dict(zip(chain, [*chain[1:], chain[-1]], strict=True))
     return points_to
 
 

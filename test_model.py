@@ -204,12 +204,14 @@ def test_arrows_lead_forward_to_the_answers(make_map):
     assert documents != list(prepare.make_arrows(300, make_map, seed=1))
     for text in documents:
         assert all(target >= letter for target, letter in zip(text, prepare.LETTERS, strict=False))
+        moves = [a for a, b in zip(text, prepare.LETTERS, strict=False) if a != b]
+        assert len(set(moves)) == len(moves)    # chains: one arrow at most leads to a letter
         ends, steps = zip(*(follow(text, letter) for letter in prepare.LETTERS), strict=True)
         if make_map is prepare.test_map:    # two equal chains: a guess of an end is right in 50%
             assert sorted(steps) == sorted([*range(10)] * 2)
             assert sorted(ends.count(end) for end in set(ends)) == [10, 10]
         else:
-            assert len(set(ends)) == 5 and max(steps) <= 4
+            assert len(set(ends)) >= 4 and max(steps) <= 4
         questions = [text[i:i + 3] for i in range(20, 68, 3)]
         assert len(text) == 68 and len({letter for letter, _, _ in questions}) == 16
         for letter, arrow, answer in questions:
@@ -221,7 +223,7 @@ def test_arrows_lead_forward_to_the_answers(make_map):
         assert steps.flatten().tolist() == seen and bytes(x[0, 20:23].tolist())[1:] == b">>"
         assert y[y >= 0].tolist() == [ord(text[i]) for text in documents for i in range(22, 68, 3)]
     else:
-        assert sorted(set(seen)) == list(range(5)) and min(map(seen.count, range(5))) > 480
+        assert sorted(set(seen)) == list(range(5)) and min(map(seen.count, range(5))) > 240
 
 
 def test_sums_are_right():
@@ -782,6 +784,8 @@ def test_the_schedule_warms_up_and_decays():
     assert (rates[0], rates[49], rates[99], rates[100]) == (0.01, 0.5, 1.0, 1.0)
     assert rates[550] == pytest.approx(0.55) and rates[1000] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[100:], rates[101:], strict=False))
+    args.min_lr = 0
+    assert get_lr(args, 550) == pytest.approx(0.5) and get_lr(args, 1000) == 0
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (32, 96), (96, 32)])

@@ -45,11 +45,12 @@ PRESETS = {
     "gpt2-45m": dict(n_layer=1, n_loop=1, **RECIPE),
     "gpt2-45m-loop": dict(n_layer=1, n_loop=2, **RECIPE),
     # A document of the puzzle has 69 tokens with its end, and only the answers can be predicted.
-    # Loops are drawn, or answers decay after the last one. Dropout and decay make its steps exact.
+    # Loops are drawn, or answers decay after the last one. Dropout, and a rate that ends at 0, make
+    # its steps exact.
     "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=10, n_loop_min=6, n_head=4,
-                   n_embd=128, residual="sum", dropout=0.1, weight_decay=0.5, block_size=68,
-                   stride=69, score_after=">", hide_answers=True, max_steps=3500,
-                   learning_rate=2e-3),
+                   n_embd=128, residual="sum", dropout=0.1, block_size=68, stride=69,
+                   score_after=">", hide_answers=True, max_steps=2500, learning_rate=2e-3,
+                   min_lr=0.0),
 }
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -100,7 +101,8 @@ def make_flags():
     add("--score_count", type=positive, default=1, help="how many of them after each")
     add("--hide_answers", action=switch, help="in the input, --score_after stands for them")
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="muon is for the blocks' matrices")
-    add("--learning_rate", type=not_negative, default=8e-3, help="the peak; it falls to a tenth")
+    add("--learning_rate", type=not_negative, default=8e-3, help="the peak")
+    add("--min_lr", type=not_negative, help="the rate at the end; None: a tenth of the peak")
     add("--warmup_steps", type=int, default=100, help="steps over which the rate rises")
     add("--weight_decay", type=not_negative, default=0.1, help="weight decay of matrices")
     add("--grad_clip", type=not_negative, default=1.0, help="largest gradient norm; 0: no limit")
@@ -208,7 +210,7 @@ def get_lr(args, step):
     """The learning rate of a step, counted from 0: a linear warm-up, then half a cosine."""
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / args.warmup_steps
-    low = args.learning_rate / 10
+    low = args.learning_rate / 10 if args.min_lr is None else args.min_lr
     done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
     return low + (args.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
 

@@ -35,7 +35,7 @@ from model import load_checkpoint, pick_device
 from prepare import load_data, make_parser
 
 NARROW = "--n_embd=32"
-BLOCKS = "--preset=arrows --n_layer=6 --n_loop_min=1 --n_loop=1"
+BLOCKS = "--preset=arrows --n_loop_min=1 --n_loop=1"
 SHORT = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
          "--eval_iters=640 --eval_interval=10000")
 CODE = ("model.py", "train.py", "prepare.py", "bench.py")
@@ -59,6 +59,12 @@ EXPERIMENTS = {
         "1 loop": "--n_loop=1",
         **{residual: f"--n_loop=6 --residual={residual}" for residual in train.RESIDUALS},
     },
+    "optimizers": {     # again with --max_steps=16000, and with --n_embd=128 --n_head=4
+        f"{optimizer}, {label}": f"--optimizer={optimizer} {flags}"
+        for optimizer in train.OPTIMIZERS
+        for label, flags in {"1 block": "--n_loop=1", "1 block x 2": "--n_loop=2",
+                             "1 block x 6": "--n_loop=6", "6 blocks": "--n_layer=6"}.items()
+    },
     "pairs": {      # the paper's two pairs, small, with both loop orders and controls
         "4 blocks": f"{NARROW} --n_layer=4",
         "2 blocks x 3": f"{NARROW} --n_layer=2 --n_loop=3",
@@ -80,16 +86,17 @@ EXPERIMENTS = {
         "1 block x 2, no gate": f"--preset=gpt2-45m-loop --residual=sum {SHORT}",
         "2 blocks": f"--preset=gpt2-45m --n_layer=2 {SHORT}",
     },
-    "arrows": {     # the puzzle, and controls with its compute
+    "arrows": {     # the puzzle's model, and each of its choices left out
         "the loop": "--preset=arrows",
-        "six blocks": f"{BLOCKS} --compute_of='the loop'",
-        "six blocks, no dropout": f"{BLOCKS} --dropout=0 --compute_of='the loop'",
-        "one forward pass": "--preset=arrows --n_loop_min=1 --n_loop=1 --compute_of='the loop'",
-    },
-    "arrows-changes": {     # what each of its choices does
         "no dropout": "--preset=arrows --dropout=0",
-        "six loops": "--preset=arrows --n_loop=6 --compute_of='no dropout'",
+        "six loops in every step": "--preset=arrows --n_loop=6 --compute_of='the loop'",
         "gated": "--preset=arrows --residual=gated",
+    },
+    "arrows-blocks": {      # no loop, with the compute of the first
+        "the loop": "--preset=arrows",
+        "six blocks": f"{BLOCKS} --n_layer=6 --compute_of='the loop'",
+        "six blocks, no dropout": f"{BLOCKS} --n_layer=6 --dropout=0 --compute_of='the loop'",
+        "one forward pass": f"{BLOCKS} --compute_of='the loop'",
     },
 }
 
@@ -253,6 +260,8 @@ def study(argv):
         show_answers(rows, path.with_suffix(".png"))
     elif experiment == "compute":
         save_picture(path.with_suffix(".png"), draw_differences, rows)
+    elif experiment == "optimizers":
+        save_picture(path.with_suffix(".png"), draw_gains, rows)
     elif gated:
         save_picture(path.with_suffix(".png"), draw_gates, gated)
 
@@ -317,6 +326,23 @@ def draw_differences(axes, rows):
     axes.set(xlabel="tokens per parameter that one loop reads with this compute",
              ylabel="validation loss minus that of one loop, nats",
              title="below the black line, loops are the better use of the compute")
+    axes.legend()
+
+
+def draw_gains(axes, rows):
+    """Draw each loss minus the mean of one block with the same optimizer: a dot for each seed."""
+    for i, optimizer in enumerate(train.OPTIMIZERS):
+        mine = {label: row for label, row in rows.items() if label.startswith(optimizer)}
+        base = next(iter(mine.values()))["mean"]
+        for place, row in enumerate(mine.values()):
+            gains = [run["val_loss"] - base for run in finished(row)]
+            name = optimizer if place == 0 else None    # one entry in the legend
+            axes.plot([place + i / 5] * len(gains), gains, "o", color=f"C{i}", label=name)
+            axes.plot(place + i / 5, row["mean"] - base, "_", color=f"C{i}", markersize=25)
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set_xticks(range(len(mine)), [label.split(", ")[1] for label in mine])
+    axes.set(ylabel="validation loss minus that of one block, nats",
+             title="what depth gains with each optimizer: dots are seeds, lines their means")
     axes.legend()
 
 
