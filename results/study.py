@@ -86,17 +86,18 @@ EXPERIMENTS = {
         "1 block x 2, no gate": f"--preset=gpt2-45m-loop --residual=sum {SHORT}",
         "2 blocks": f"--preset=gpt2-45m --n_layer=2 {SHORT}",
     },
-    "arrows": {     # the puzzle's model, and each of its choices left out
-        "the loop": "--preset=arrows",
-        "no dropout": "--preset=arrows --dropout=0",
-        "six loops in every step": "--preset=arrows --n_loop=6 --compute_of='the loop'",
-        "gated": "--preset=arrows --residual=gated",
-    },
-    "arrows-blocks": {      # no loop, with the compute of the first
+    "arrows": {     # the puzzle, with and without a loop
         "the loop": "--preset=arrows",
         "six blocks": f"{BLOCKS} --n_layer=6 --compute_of='the loop'",
-        "six blocks, no dropout": f"{BLOCKS} --n_layer=6 --dropout=0 --compute_of='the loop'",
-        "one forward pass": f"{BLOCKS} --compute_of='the loop'",
+    },
+    "arrows-changes": {     # what each choice of the preset does, with its compute
+        "no dropout": "--preset=arrows --dropout=0",
+        "six loops in every step": "--preset=arrows --n_loop=6 --compute_of='no dropout'",
+        "gated": "--preset=arrows --residual=gated",
+    },
+    "arrows-blocks": {      # more without a loop, with the same compute
+        "six blocks, no dropout": f"{BLOCKS} --n_layer=6 --dropout=0 --target_flops=1.424e13",
+        "one forward pass": f"{BLOCKS} --target_flops=1.424e13",
     },
 }
 

@@ -82,14 +82,15 @@ def test_experiments_of_equal_compute_have_equal_compute(data):
         args, *_ = train.get_args(flags)
         each, step_tokens = train.get_cost(args, {"vocab_size": 257})
         return args.target_flops or each * step_tokens * args.max_steps
-    for name, equal in (("default", ["6 loops", "1 loop, compute of 6", "4 loops, compute of 6"]),
-                        ("pairs", ["2 blocks x 3", "4 blocks, compute of 2 x 3"]),
-                        ("arrows", list(study.EXPERIMENTS["arrows"])),
-                        ("arrows-blocks", list(study.EXPERIMENTS["arrows-blocks"]))):
-        models = study.get_models(study.EXPERIMENTS[name], [f"--data_dir={folder}"])
+    all_of = study.EXPERIMENTS
+    puzzle = all_of["arrows"] | all_of["arrows-changes"] | all_of["arrows-blocks"]
+    default = ["6 loops", "1 loop, compute of 6", "4 loops, compute of 6"]
+    for texts, equal in ((all_of["default"], default), (puzzle, puzzle),
+                         (all_of["pairs"], ["2 blocks x 3", "4 blocks, compute of 2 x 3"])):
+        models = study.get_models(texts, [f"--data_dir={folder}"])
         costs = [flops(models[label]) for label in equal]
         assert max(costs) < 1.01 * min(costs), costs
-        if name == "default":
+        if equal is default:
             assert costs[0] == pytest.approx(1.007e13, rel=1e-3)
 
 
@@ -154,6 +155,20 @@ def test_a_picture_has_the_differences_at_equal_compute():
                                   "c": row(1, 1000, 2.0), "d": row(2, 600, 1.5)})
     points = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axes.containers}
     assert points == {"n_loop = 1": [[10, 0], [100, 0]], "n_loop = 2": [[10, 0.5], [100, -0.5]]}
+
+
+def test_a_picture_has_what_depth_gains_with_each_optimizer():
+    losses = {"adamw, 1 block": [2, 4], "adamw, 6 blocks": [1, 2], "muon, 1 block": [1, 1],
+              "muon, 6 blocks": [0.5, 0]}
+    axes = Figure().subplots()
+    study.draw_gains(axes, {label: {"runs": [{"val_loss": loss} for loss in each],
+                                    "mean": sum(each) / 2} for label, each in losses.items()})
+    points = {line.get_marker(): [] for line in axes.lines}
+    for line in axes.lines:
+        points[line.get_marker()] += list(line.get_ydata())
+    assert points["o"] == [-1, 1, -2, -1, 0, 0, -0.5, -1]
+    assert points["_"] == [0, -1.5, 0, -0.75]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1 block", "6 blocks"]
 
 
 @pytest.mark.parametrize("fork", sorted(Path(SCRIPT).parent.glob("*.patch")), ids=lambda p: p.stem)
