@@ -219,8 +219,8 @@ def draw_answers(axes, table, others):
         if n <= len(table):
             axes.plot(np.array(table[n - 1]) * 100, "o-", color="C0", alpha=0.2 + n / 15,
                       label=f"after loop {n}")
-    for label, row in others.items():
-        axes.plot(np.array(row) * 100, "--", label=label)
+    for i, (label, row) in enumerate(others.items(), start=1):
+        axes.plot(np.array(row) * 100, "--", color=f"C{i}", label=label)
     axes.axhline(50, color="gray", linestyle=":", label="a blind guess")
     axes.axvline(4.5, color="red", linewidth=1)
     axes.text(4.55, 60, "training: 0 to 4 steps", color="red", rotation=90)

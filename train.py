@@ -48,9 +48,8 @@ PRESETS = {
     # Loops are drawn, or answers decay after the last one. Dropout, and a rate that ends at 0, make
     # its steps exact.
     "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=10, n_loop_min=6, n_head=4,
-                   n_embd=128, residual="sum", dropout=0.1, block_size=68, stride=69,
-                   score_after=">", hide_answers=True, max_steps=2500, learning_rate=2e-3,
-                   min_lr=0.0),
+                   n_embd=128, dropout=0.1, block_size=68, stride=69, score_after=">",
+                   hide_answers=True, max_steps=2500, learning_rate=2e-3, min_lr=0.0),
 }
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16")

@@ -93,7 +93,7 @@ EXPERIMENTS = {
     "arrows-changes": {     # what each choice of the preset does, with its compute
         "no dropout": "--preset=arrows --dropout=0",
         "six loops in every step": "--preset=arrows --n_loop=6 --compute_of='no dropout'",
-        "gated": "--preset=arrows --residual=gated",
+        "no gates": "--preset=arrows --residual=sum",
     },
     "arrows-blocks": {      # more without a loop, with the same compute
         "six blocks, no dropout": f"{BLOCKS} --n_layer=6 --dropout=0 --target_flops=1.424e13",
