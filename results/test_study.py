@@ -75,20 +75,20 @@ def test_what_a_study_cannot_use_it_refuses(flags, tmp_path):
     assert len(err.splitlines()) == 1 and ("see --seeds" in err or "name an experiment" in err)
 
 
-def test_experiments_of_equal_compute_have_equal_compute(data):
-    folder = data.removeprefix("--data_dir=")
+def training_flops(flags):
+    args, *_ = train.get_args(flags)
+    each, step_tokens = train.get_cost(args, {"vocab_size": 257})
+    return args.target_flops or each * step_tokens * args.max_steps
 
-    def flops(flags):
-        args, *_ = train.get_args(flags)
-        each, step_tokens = train.get_cost(args, {"vocab_size": 257})
-        return args.target_flops or each * step_tokens * args.max_steps
+
+def test_experiments_of_equal_compute_have_equal_compute(data):
     all_of = study.EXPERIMENTS
     puzzle = all_of["arrows"] | all_of["arrows-changes"] | all_of["arrows-blocks"]
     default = ["6 loops", "1 loop, compute of 6", "4 loops, compute of 6"]
     for texts, equal in ((all_of["default"], default), (puzzle, puzzle),
                          (all_of["pairs"], ["2 blocks x 3", "4 blocks, compute of 2 x 3"])):
-        models = study.get_models(texts, [f"--data_dir={folder}"])
-        costs = [flops(models[label]) for label in equal]
+        models = study.get_models(texts, [data])
+        costs = [training_flops(models[label]) for label in equal]
         assert max(costs) < 1.01 * min(costs), costs
         if equal is default:
             assert costs[0] == pytest.approx(1.007e13, rel=1e-3)
