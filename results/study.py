@@ -90,14 +90,13 @@ EXPERIMENTS = {
         "the loop": "--preset=arrows",
         "six blocks": f"{BLOCKS} --n_layer=6 --compute_of='the loop'",
     },
-    "arrows-changes": {     # what each choice of the preset does, with its compute
+    "arrows-controls": {    # the loop with one thing changed, and models without a loop
         "no dropout": "--preset=arrows --dropout=0",
-        "six loops in every step": "--preset=arrows --n_loop=6 --compute_of='no dropout'",
         "no gates": "--preset=arrows --residual=sum",
-    },
-    "arrows-blocks": {      # more without a loop, with the same compute
-        "six blocks, no dropout": f"{BLOCKS} --n_layer=6 --dropout=0 --target_flops=1.424e13",
-        "one forward pass": f"{BLOCKS} --target_flops=1.424e13",
+        "six loops in every step":
+            "--preset=arrows --n_loop=6 --n_loop_min=6 --compute_of='no dropout'",
+        "six blocks, no dropout": f"{BLOCKS} --n_layer=6 --dropout=0 --compute_of='no dropout'",
+        "one forward pass": f"{BLOCKS} --compute_of='no dropout'",
     },
 }
 

@@ -83,7 +83,7 @@ def training_flops(flags):
 
 def test_experiments_of_equal_compute_have_equal_compute(data):
     all_of = study.EXPERIMENTS
-    puzzle = all_of["arrows"] | all_of["arrows-changes"] | all_of["arrows-blocks"]
+    puzzle = all_of["arrows"] | all_of["arrows-controls"]
     default = ["6 loops", "1 loop, compute of 6", "4 loops, compute of 6"]
     for texts, equal in ((all_of["default"], default), (puzzle, puzzle),
                          (all_of["pairs"], ["2 blocks x 3", "4 blocks, compute of 2 x 3"])):
