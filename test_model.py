@@ -16,6 +16,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -966,6 +967,26 @@ def test_an_interrupted_run_continues_exactly(tiny_data, whole_run):
     for ours, theirs in ((model.state_dict(), other.state_dict()),
                          (state["optimizers"], other_state["optimizers"])):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_one_number_format_resumes_in_the_other(tiny_data, whole_run):
+    """The same weights have the same loss, up to a bfloat16's rounding, 2**-9 of a number."""
+    folder = tiny_data / "both"
+    shutil.copytree(tiny_data / "whole", folder)
+    resume = ["--resume", "--out_dir=both", "--eval_interval=5"]
+    for dtype, steps in (("bfloat16", 310), ("float32", 320)):
+        out = finish("train.py", *resume, f"--dtype={dtype}", f"--max_steps={steps}", cwd=tiny_data)
+        assert f"torch.{dtype}" in out
+        model, _ = load_checkpoint(folder / "ckpt.pt")
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    losses = {}     # {step: its validation losses, in the order of the runs}
+    for line in open(folder / "log.jsonl"):
+        record = json.loads(line)
+        if "val_loss" in record and record["step"] >= 300:
+            losses.setdefault(record["step"], []).append(record["val_loss"])
+    assert [len(each) for each in losses.values()] == [2, 1, 2, 1, 1], losses
+    for step in (300, 310):     # where the format changes
+        assert 0 < abs(losses[step][0] / losses[step][1] - 1) < 2 ** -9, losses
 
 
 def test_a_second_run_keeps_the_first(tiny_data):
