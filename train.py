@@ -49,7 +49,7 @@ PRESETS = {
     # that ends at 0, help to make each step exact.
     "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=8, n_loop_min=5, n_head=4,
                    n_embd=128, dropout=0.1, block_size=68, stride=69, score_after=">",
-                   hide_answers=True, max_steps=2500, learning_rate=3e-3, min_lr=0.0),
+                   hide_answers=True, max_steps=2500, learning_rate=2e-3, min_lr=0.0),
 }
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16")
