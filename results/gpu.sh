@@ -8,48 +8,52 @@ part() {    # seconds, name, command
   timeout "$1" bash -c "$3" || echo "ended with $?"
   echo "($SECONDS s)"
 }
-MODEL="--preset=gpt2-124m"; LOOPED="--preset=gpt2-81m-loop"; SMALL="--preset=gpt2-45m"
-BATCHES="16 32 64"; STEPS=400; FEW="--eval_iters=32 --log_interval=20 --eval_interval=10000"
+STEP="--gradient_accumulation_steps=1"; MODEL="--preset=gpt2-124m $STEP"
+LOOPED="--preset=gpt2-81m-loop $STEP"; BATCHES="16 32 64"; LAYERS=12
+SMALL="--preset=gpt2-45m $STEP --max_steps=400 --eval_iters=32 --log_interval=20"
 if [ "$TOY" ]; then
   T="--n_embd=64 --n_head=2 --block_size=64 --batch_size=2 --max_steps=20 --warmup_steps=5"
   MODEL="$MODEL --n_layer=2 $T"; LOOPED="$LOOPED --n_layer=2 --n_loop=2 $T"; SMALL="$SMALL $T"
-  BATCHES="2"; STEPS=2
-fi
-STEP="--gradient_accumulation_steps=1"
-export NANOGPT
-
-part 60 "the machine" 'nvidia-smi; python -c "import torch; print(torch.__version__)"'
-RUN="train.py $SMALL $STEP $FEW --batch_size=4 --max_steps=20 --warmup_steps=5"
-part 90 "it works: cold start, resume, one process over nccl" "
-  python $RUN --out_dir=out-gpu &&
-  python train.py --resume --out_dir=out-gpu --max_steps=40 | tail -n 2 &&
+  BATCHES="2"; LAYERS=1; PUZZLE="--max_steps=2"; fi
+FIRST="--batch_size=${BATCHES%% *}"; BEST="measure best $MODEL $FIRST --vocab_size=50304"
+RUN="train.py $SMALL --batch_size=4 --max_steps=20 --warmup_steps=5 --eval_interval=1000"
+part 90 "it works: cold start, resume, one process over nccl" "nvidia-smi
+  python $RUN --out_dir=out-gpu && python train.py --resume --out_dir=out-gpu --max_steps=40 &&
   torchrun --standalone --nproc_per_node=1 $RUN --out_dir=out-gpu2 | tail -n 2"
+part 120 "the puzzle" "python prepare.py arrows && python train.py --preset=arrows $PUZZLE"
 part 60 "compiled equals eager" "
   for how in --compile --no-compile; do python $RUN --out_dir=out-gpu3 \$how | grep val; done"
-for batch in $BATCHES; do for vocab in 50257 50304; do
-  part 60 "speed: batch $batch, vocabulary $vocab" \
-    "python bench.py speed $MODEL $STEP --batch_size=$batch --vocab_size=$vocab"
-done; done
-part 60 "speed: loops" "python bench.py speed $LOOPED $STEP --batch_size=${BATCHES%% *}"
-part 60 "speed: loops, recomputed" \
-  "python bench.py speed $LOOPED $STEP --batch_size=${BATCHES%% *} --checkpoint_loops"
-[ "$NANOGPT" ] && part 60 "nanoGPT, the same step" 'python - <<PY
-import os, sys, time
-import torch
-sys.path.insert(0, os.environ["NANOGPT"])
+for batch in $BATCHES; do for vocab in 50257 50304; do part 60 "speed: batch $batch, $vocab tokens" \
+  "python bench.py speed $MODEL --batch_size=$batch --vocab_size=$vocab"; done; done
+for how in "" --checkpoint_loops; do
+  part 60 "speed: loops $how" "python bench.py speed $LOOPED $FIRST $how"; done
+for off in flash cudnn; do part 60 "speed: without $off attention" "python -c 'import torch, bench
+torch.backends.cuda.enable_${off}_sdp(False); bench.measure(\"$BEST\".split()[1:])'"; done
+part 90 "speed: the whole model compiled" "python -c 'import bench, train
+train.compile_blocks = lambda model: model.compile(dynamic=False)
+bench.measure(\"$BEST --compile\".split()[1:])'"
+[ "$NANOGPT" ] && part 60 "nanoGPT, the same step" 'cd "$NANOGPT" && python - <<PY
+import time, torch
 from model import GPT, GPTConfig
 model = torch.compile(GPT(GPTConfig(vocab_size=50304, bias=False)).cuda())
 optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cuda")
-x, y = torch.randint(50257, (2, 16, 1024), device="cuda")
-for i in range(40):
-    if i == 10:
-        torch.cuda.synchronize(); began = time.perf_counter()
-    with torch.autocast("cuda", torch.bfloat16):
-        loss = model(x, y)[1]
-    loss.backward(); optimizer.step(); optimizer.zero_grad(set_to_none=True)
-torch.cuda.synchronize()
-print(f"{30 * x.numel() / (time.perf_counter() - began):,.0f} tokens/s")
+times, (x, y) = [], torch.randint(50257, (2, 16, 1024), device="cuda")
+for _ in range(40):
+    began = time.perf_counter()
+    with torch.autocast("cuda", torch.bfloat16): loss = model(x, y)[1]
+    loss.backward(); optimizer.step(); optimizer.zero_grad(); torch.cuda.synchronize()
+    times.append(time.perf_counter() - began)
+print(f"{x.numel() / sorted(times)[20]:,.0f} tokens/s")
 PY'
-PAIR="$SMALL $STEP $FEW --max_steps=$STEPS"
-part 240 "the paper's pairs, AdamW, equal tokens" "python results/study.py --name=gpu-pairs --seeds=1 \
-  --workers=1 '$PAIR' '$PAIR --n_loop=2' '$PAIR --n_layer=2'"
+part 60 "decoding by transformers: plain, static cache" "python - <<PY
+import torch, transformers, bench
+device = bench.pick_device('auto')
+model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=$LAYERS)).to(device).bfloat16()
+idx = torch.randint(50257, (1, 512), device=device)
+for cache in (None, 'static'):
+    flags = dict(max_new_tokens=128, min_new_tokens=128, cache_implementation=cache)
+    seconds = [bench.time_of(lambda: model.generate(idx, **flags), device) for _ in range(3)]
+    print(cache, f'{128 / min(seconds):,.0f} tokens/s')
+PY"
+part 240 "the paper's pairs, AdamW" "python results/study.py --name=gpu-pairs --seeds=1 \
+  --workers=1 '$SMALL' '$SMALL --n_loop=2' '$SMALL --n_layer=2'"
