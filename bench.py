@@ -214,20 +214,18 @@ def print_answers(rows):
 
 
 def draw_answers(axes, table, others):
-    """Draw right_answers after some loops, and the others, {label: row (10,)}, dashed."""
-    for n in (1, 2, 4, 6, 8, 12):
-        if n <= len(table):
-            axes.plot(np.array(table[n - 1]) * 100, "o-", color="C0", alpha=0.2 + n / 15,
-                      label=f"after loop {n}")
-    for i, (label, row) in enumerate(others.items(), start=1):
-        axes.plot(np.array(row) * 100, "--", color=f"C{i}", label=label)
-    axes.axhline(50, color="gray", linestyle=":", label="a blind guess")
-    axes.axvline(4.5, color="red", linewidth=1)
-    axes.text(4.55, 60, "training: 0 to 4 steps", color="red", rotation=90)
+    """Draw right_answers after loop 1 .. 12 as colours, and the others, {label: row (10,)}."""
+    rows = {f"after loop {n}": row for n, row in enumerate(table[:12], start=1)} | others
+    shares = 100 * np.array(list(rows.values()))
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axes.figure.colorbar(image, label="right answers in %: a blind guess has 50")
+    if others:
+        axes.axhline(len(rows) - len(others) - 0.5, color="white", linewidth=8)
+    axes.axvline(4.5, color="red")
+    axes.text(4.4, 0, "training: 0 to 4 steps", color="red", ha="right", va="center")
     axes.set_xticks(range(10))
-    axes.set(xlabel="steps from the question to its answer", ylabel="right answers in %",
-             ylim=(0, 103), title="right answers after each loop")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel="steps from the question to its answer", title="right answers after each loop")
 
 
 def save_picture(path, draw, *args):

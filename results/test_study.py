@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import study
 import train
@@ -144,6 +145,14 @@ def test_the_puzzle_is_compared_by_its_answers(data, tmp_path, monkeypatch, caps
     for label in study.EXPERIMENTS["arrows"]:
         assert re.search(rf"\n{label} *( +89\.0){{10}}\n", out)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_has_the_answers_after_twelve_loops_and_of_the_others():
+    axes, table = Figure().subplots(), np.random.default_rng(0).random((20, 10))
+    study.draw_answers(axes, table, {"six blocks": [0.5] * 10})
+    np.testing.assert_allclose(axes.images[0].get_array(), [*100 * table[:12], [50] * 10])
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert labels == [*(f"after loop {n}" for n in range(1, 13)), "six blocks"]
 
 
 def test_a_picture_has_the_differences_at_equal_compute():
