@@ -86,9 +86,9 @@ EXPERIMENTS = {
         "1 block x 2, no gate": f"--preset=gpt2-45m-loop --residual=sum {SHORT}",
         "2 blocks": f"--preset=gpt2-45m --n_layer=2 {SHORT}",
     },
-    "arrows": {     # the puzzle, with and without a loop
+    "arrows": {     # the puzzle, with and without a loop, where a lower rate is better
         "the loop": "--preset=arrows",
-        "six blocks": f"{BLOCKS} --n_layer=6 --compute_of='the loop'",
+        "six blocks": f"{BLOCKS} --n_layer=6 --learning_rate=1e-3 --compute_of='the loop'",
     },
     "arrows-controls": {    # the loop with one thing changed, and models without a loop
         "no dropout": "--preset=arrows --dropout=0",
