@@ -1,37 +1,38 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in about ten minutes, unattended: bash results/gpu.sh > gpu.txt 2>&1
+# What only a GPU can tell, sized for ten minutes, unattended: bash results/gpu.sh > gpu.txt 2>&1
 # Needs data/ with GPT-2's tokens. NANOGPT=a folder with nanoGPT's model.py compares with it.
-# TOY=1 tries the script itself, on a CPU. Each part has a time limit of its own.
+# TOY=1 tries the script itself, on a CPU. ONLY=speed runs the parts with "speed" in their names.
 cd "$(dirname "$0")/.." || exit 1
 part() {    # seconds, name, command
+  [[ $2 == *"$ONLY"* ]] || return
   echo; echo "### $2"; SECONDS=0
   timeout "$1" bash -c "$3" || echo "ended with $?"
   echo "($SECONDS s)"
 }
 STEP="--gradient_accumulation_steps=1"; MODEL="--preset=gpt2-124m $STEP"
-LOOPED="--preset=gpt2-81m-loop $STEP"; BATCHES="16 32 64"; LAYERS=12
+LOOPED="--preset=gpt2-81m-loop $STEP"; LAYERS=12; BATCHES="16 32 64"; PUZZLE="--max_steps=500"
 SMALL="--preset=gpt2-45m $STEP --max_steps=400 --eval_iters=32 --log_interval=20"
 if [ "$TOY" ]; then
   T="--n_embd=64 --n_head=2 --block_size=64 --batch_size=2 --max_steps=20 --warmup_steps=5"
   MODEL="$MODEL --n_layer=2 $T"; LOOPED="$LOOPED --n_layer=2 --n_loop=2 $T"; SMALL="$SMALL $T"
-  BATCHES="2"; LAYERS=1; PUZZLE="--max_steps=2"; fi
-FIRST="--batch_size=${BATCHES%% *}"; BEST="measure best $MODEL $FIRST --vocab_size=50304"
+  LAYERS=1; PUZZLE="--max_steps=2"; BATCHES="2"; fi
+FIRST="--batch_size=${BATCHES%% *}"; PADDED="--vocab_size=50304"; BEST="best $MODEL $FIRST $PADDED"
 RUN="train.py $SMALL --batch_size=4 --max_steps=20 --warmup_steps=5 --eval_interval=1000"
-part 90 "it works: cold start, resume, one process over nccl" "nvidia-smi
-  python $RUN --out_dir=out-gpu && python train.py --resume --out_dir=out-gpu --max_steps=40 &&
+part 150 "it works: compiled equals eager, resume, one process over nccl" "nvidia-smi
+  for how in --no-compile --compile; do python $RUN --out_dir=out-gpu \$how; done
+  python train.py --resume --out_dir=out-gpu --max_steps=40
   torchrun --standalone --nproc_per_node=1 $RUN --out_dir=out-gpu2 | tail -n 2"
-part 120 "the puzzle" "python prepare.py arrows && python train.py --preset=arrows $PUZZLE"
-part 60 "compiled equals eager" "
-  for how in --compile --no-compile; do python $RUN --out_dir=out-gpu3 \$how | grep val; done"
-for batch in $BATCHES; do for vocab in 50257 50304; do part 60 "speed: batch $batch, $vocab tokens" \
-  "python bench.py speed $MODEL --batch_size=$batch --vocab_size=$vocab"; done; done
+part 60 "the puzzle" "python prepare.py arrows; python train.py --preset=arrows $PUZZLE"
+part 60 "speed: 50257 tokens" "python bench.py speed $MODEL $FIRST"
+for batch in $BATCHES; do part 60 "speed: batch $batch, 50304 tokens" \
+  "python bench.py speed $MODEL $PADDED --batch_size=$batch"; done
 for how in "" --checkpoint_loops; do
   part 60 "speed: loops $how" "python bench.py speed $LOOPED $FIRST $how"; done
 for off in flash cudnn; do part 60 "speed: without $off attention" "python -c 'import torch, bench
-torch.backends.cuda.enable_${off}_sdp(False); bench.measure(\"$BEST\".split()[1:])'"; done
+torch.backends.cuda.enable_${off}_sdp(False); bench.measure(\"$BEST\".split())'"; done
 part 90 "speed: the whole model compiled" "python -c 'import bench, train
 train.compile_blocks = lambda model: model.compile(dynamic=False)
-bench.measure(\"$BEST --compile\".split()[1:])'"
+bench.measure(\"$BEST --compile\".split())'"
 [ "$NANOGPT" ] && part 60 "nanoGPT, the same step" 'cd "$NANOGPT" && python - <<PY
 import time, torch
 from model import GPT, GPTConfig
