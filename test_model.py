@@ -940,7 +940,7 @@ def test_a_run_learns_and_reports(tiny_data, whole_run):
 
 def test_an_interrupted_run_continues_exactly(tiny_data, whole_run):
     resume, lines = ["train.py", "--resume", "--out_dir=broken"], {}
-    ends = [(signal.SIGKILL, 45), (signal.SIGINT, 60), (signal.SIGKILL, 145), (signal.SIGINT, 200)]
+    ends = [(signal.SIGKILL, 45), (signal.SIGINT, 60), (signal.SIGKILL, 145), (signal.SIGINT, 165)]
     for i, (number, at) in enumerate(ends):
         command = resume if i else ["train.py", *TINY, "--out_dir=broken"]
         process = start(*command, cwd=tiny_data)
@@ -971,9 +971,9 @@ def test_an_interrupted_run_continues_exactly(tiny_data, whole_run):
 
 def test_a_checkpoint_of_one_number_format_resumes_in_the_other(tiny_data, whole_run):
     """The same weights have the same loss, up to a bfloat16's rounding, 2**-9 of a number."""
-    folder = tiny_data / "both"
+    folder = tiny_data / "formats"
     shutil.copytree(tiny_data / "whole", folder)
-    resume = ["--resume", "--out_dir=both", "--eval_interval=5"]
+    resume = ["--resume", "--out_dir=formats", "--eval_interval=5"]
     for dtype, steps in (("bfloat16", 310), ("float32", 320)):
         out = finish("train.py", *resume, f"--dtype={dtype}", f"--max_steps={steps}", cwd=tiny_data)
         assert f"torch.{dtype}" in out
