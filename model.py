@@ -7,8 +7,8 @@ blocks n_loop times. Each loop adds a predicted residual to the state, through a
     x(n) = x(n-1) + a_n * f(x(n-1)),    n = 1 .. n_loop
 
 f is what the blocks add to the state, and a_n has a number for each channel. The parameters stay
-the same, the compute grows. In this file that is one `for` in GPT.states, and the equation itself
-in GPT.loop.
+the same, the compute grows. In this file that is the inner `for` of GPT.states, and the equation
+itself in GPT.loop.
 
     model = GPT(GPTConfig(n_layer=6, n_loop=6))     # the paper's 81M model
     logits = model(idx)                             # (B, T) -> (B, T, V)
@@ -99,7 +99,7 @@ class KVCache:
         return entry[:, :, :, :end]
 
     def skip(self, n, N, blocks):
-        """Copy the newest position's keys and values of loop n to the skipped loops, to N - 1."""
+        """Give the skipped loops n + 1 .. N - 1 the newest position's keys and values of loop n."""
         for i in blocks:
             last = self.entries[n, i][:, :, :, self.length]
             for skipped in range(n + 1, N):
@@ -318,8 +318,9 @@ def next_logits(model, idx, N, cache=None, exit_kl=None):
     """Return the logits (B, 1, V) after idx (B, T), and the number of loops taken: N, or fewer.
 
     With exit_kl, a single new token stops looping once KL(p(n) || p(n-1)) < exit_kl for the
-    predictions p after loop n and the one before. Skipped loops get the keys and values of the last
-    one taken. With loop_order="block" only the loops of the last block can be skipped.
+    predictions p after loop n and the one before. A prompt takes all N. Skipped loops get the keys
+    and values of the last one taken. With loop_order="block" only the loops of the last block can
+    be skipped.
     """
     may_exit = exit_kl is not None and cache is not None and cache.length > 0
     last_log_p = None

@@ -11,9 +11,9 @@ Every source is a stream of documents, and every document goes the same way:
 
     documents -> train or val -> tokens, on all cores -> train.bin, val.bin
 
-A file is one document, or several with <|endoftext|> between them. A document must fit in memory, a
-source need not. What data/ held is replaced at the end, when all has been written. Downloads are
-kept in ~/.cache/loop-gpt2: after an interruption the same command completes them.
+A file is one document, or several with <|endoftext|> between them. 200 documents at a time must fit
+in memory, a source need not. What data/ held is replaced at the end, when all has been written.
+Downloads are kept in ~/.cache/loop-gpt2: after an interruption the same command completes them.
 """
 import argparse
 import hashlib
@@ -180,7 +180,7 @@ def check_text(path):
     """Raise UnicodeError, with the position, if a file is not UTF-8 text; OSError if unreadable."""
     begin = 0
     with open(path, "rb") as file:
-        for line in file:   # no character goes on after the end of a line
+        for line in file:   # in UTF-8 a newline is never a part of another character
             try:
                 line.decode()
             except UnicodeDecodeError as error:
@@ -409,12 +409,14 @@ def main():
     add("--tokenizer", choices=TOKENIZERS, help="None: gpt2 for openwebtext, byte for the others")
     add("--shards", type=int, choices=range(1, 22), default=21, metavar="1..21",
         help="how many files of openwebtext")
-    add("--data_dir", help="the folder to write; None: data, or data-arrows for arrows")
+    add("--data_dir", help="the folder to write; None: data, or data-NAME for a puzzle")
     args = parser.parse_args()
     data_dir = args.data_dir or (f"data-{args.source}" if args.source in PUZZLES else "data")
     if Path(data_dir).is_file():
         parser.error(f"--data_dir={data_dir} is a file: name a folder")
     tokenizer = args.tokenizer or ("gpt2" if args.source == "openwebtext" else "byte")
+    if args.source in PUZZLES and tokenizer != "byte":
+        parser.error(f"{args.source} is a puzzle of bytes: leave out --tokenizer")
     meta = write_data(Path(data_dir), args.source, get_tokenizer(tokenizer), args.shards)
     for split in SPLITS:
         tokens, size = meta[split]["tokens"], meta[split]["bytes"]

@@ -1,11 +1,11 @@
-"""
+r"""
 A model to text: prints what the model writes, token by token.
 
     python sample.py                                      from nothing, with the model in out/
     python sample.py --prompt="def main():" --num_samples=3
     python sample.py --exit_kl=0.01                       loop until the prediction has settled
     python sample.py --show_loops                         see each loop's guess for each new token
-    python sample.py --out_dir=out-arrows --n_loop=12 --max_new_tokens=1 --show_loops \\
+    python sample.py --out_dir=out-arrows --n_loop=12 --max_new_tokens=1 --show_loops \
         --prompt="bfdehgjiklmpnosqrtsta>"                 the puzzle, which needs more loops
     python sample.py --init_from=gpt2 --prompt="Hello"    OpenAI's GPT-2
 """
@@ -34,7 +34,8 @@ def get_args():
     add("--top_k", type=positive, help="draw among the k likeliest tokens; None: among all")
     add("--n_loop", type=positive, help="number of loops; None: as in training")
     add("--exit_kl", type=not_negative, help="stop looping for a token once a loop changes its "
-        "prediction by less than this KL divergence in nats, while the text fits the context")
+        "prediction by less than this KL divergence in nats. The first new token takes all loops, "
+        "and so do all once the text is longer than the context")
     add("--show_loops", action="store_true", help="print each loop's best guess for each new token")
     add("--seed", type=int, default=0, help="random seed for the draws")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the best there is")

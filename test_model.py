@@ -1064,6 +1064,8 @@ def test_training_starts_from_pretrained_weights(hugging_face, tmp_path):
     again = result_of("--init_from=out/ckpt.pt", "--max_steps=0", "--out_dir=b", *flags[1:2],
                       cwd=tmp_path)     # a new training, which starts where the other ended
     assert again["val_loss"] == result["val_loss"] and again["gates"] == result["gates"]
+    args, *_ = train.get_args(["--preset=gpt2-81m-loop", flags[0]])     # their layers, our loops
+    assert (args.n_layer, args.n_loop) == (theirs.config.n_layer, 6)
 
 
 # ---- sample.py ----
@@ -1184,6 +1186,7 @@ MISTAKES = [
     (prepare, "--data_dir=text.txt", "text.txt is a file"),
     (prepare, "shakespeare", "without a network use python prepare.py"),
     (prepare, "openwebtext", "python prepare.py --tokenizer=byte"),
+    (prepare, "arrows --tokenizer=gpt2", "a puzzle of bytes: leave out --tokenizer"),
     (train, "--n_lop=6", "unrecognized arguments: --n_lop=6"),
     (train, "--n_loop=0", "invalid positive value: '0'"),
     (train, "--learning_rate=nan", "invalid not_negative value"),

@@ -8,8 +8,9 @@ Tokens to a model: trains GPT-2 or a Loop Neural Network on what prepare.py wrot
     torchrun --nproc_per_node=8 train.py --preset=gpt2-81m-loop    the same training on eight
 
 Several processes share the sequences of a step. So any number of them gives the same training, up
-to rounding and dropout. Reports go to the terminal, and as JSON lines to out/log.jsonl. Two
-trainings at once on one CPU need OMP_NUM_THREADS=1 each: with more threads than cores they crawl.
+to rounding and dropout, if all sequences have equally many targets. Reports go to the terminal, and
+as JSON lines to out/log.jsonl. Two trainings at once on one CPU need OMP_NUM_THREADS=1 each: with
+more threads than cores they crawl.
 """
 import argparse
 import json
@@ -45,8 +46,8 @@ PRESETS = {
     "gpt2-45m": dict(n_layer=1, n_loop=1, **RECIPE),
     "gpt2-45m-loop": dict(n_layer=1, n_loop=2, **RECIPE),
     # A document of the puzzle has 69 tokens with its end, and only the answers can be predicted.
-    # Loops are drawn: answers then last a little better in loops that training never took. Dropout,
-    # and a rate that ends at 0, help to make each step exact.
+    # Loops are drawn: answers then stay right a little longer in more loops than training took.
+    # Dropout, and a rate that ends at 0, help to make each step exact.
     "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=8, n_loop_min=5, n_head=4,
                    n_embd=128, dropout=0.1, block_size=68, stride=69, score_after=">",
                    hide_answers=True, max_steps=2500, learning_rate=2e-3, min_lr=0.0),
@@ -84,7 +85,7 @@ def make_flags():
     add("--n_head", type=positive, default=2, help="number of attention heads")
     add("--n_embd", type=positive, default=64, help="width of the model")
     add("--block_size", type=positive, default=128, help="length of the context in tokens")
-    add("--vocab_size", type=positive, help="number of tokens; None: as many as the data has")
+    add("--vocab_size", type=positive, help="number of tokens, as in the data; None: the data's")
     add("--n_loop", type=positive, default=1, help="how often the looped blocks are applied")
     add("--n_loop_min", type=positive, help="draw each step's loops from here to n_loop")
     add("--loop_start", type=int, default=0, help="the first looped block")
@@ -97,8 +98,8 @@ def make_flags():
     add("--gradient_accumulation_steps", type=positive, default=1, help="batches in a step, in all")
     add("--stride", type=positive, default=1, help="sequences start at multiples of it")
     add("--score_after", help="the loss counts only tokens that follow this one, such as answers")
-    add("--score_count", type=positive, default=1, help="how many of them after each")
-    add("--hide_answers", action=switch, help="in the input, --score_after stands for them")
+    add("--score_count", type=positive, default=1, help="how many tokens after each count")
+    add("--hide_answers", action=switch, help="replace them by --score_after in the input")
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="muon is for the blocks' matrices")
     add("--learning_rate", type=not_negative, default=8e-3, help="the peak")
     add("--min_lr", type=not_negative, help="the rate at the end; None: a tenth of the peak")
@@ -140,11 +141,11 @@ def get_args(argv=None):
     elif args.init_from:
         model = load_pretrained(find_weights(args.init_from))
         must_be = asdict(model.config)
-        parser.set_defaults(**must_be, optimizer="adamw", learning_rate=3e-5)
-        del must_be["dropout"], must_be["block_size"]
         if model.config.n_loop == 1:    # it can be looped in any way
             must_be = {name: must_be[name] for name in must_be if "loop" not in name}
             del must_be["residual"]
+        parser.set_defaults(**must_be, optimizer="adamw", learning_rate=3e-5)
+        del must_be["dropout"], must_be["block_size"]
     args = parser.parse_args(argv)
     for name, value in must_be.items():
         if getattr(args, name) != value:
@@ -296,7 +297,7 @@ class Muon(torch.optim.Optimizer):
 
     After Keller Jordan et al., Muon, 2024. The update has the size of AdamW's (arXiv 2502.16982),
     so one learning rate serves both. torch.optim.Muon computes the same in bfloat16 everywhere,
-    which most CPUs only emulate. Here it is so where that is faster, whatever --dtype says.
+    which most CPUs only emulate. This one does so only where it is faster, whatever --dtype says.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):

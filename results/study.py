@@ -104,8 +104,11 @@ EXPERIMENTS = {
 # ---- one run, one model ----
 
 def get_models(texts, extra):
-    """{label: flags} from {label: text}: --compute_of=LABEL becomes --target_flops."""
-    models = {}
+    """{label: flags} from {label: text}: --compute_of=LABEL becomes --target_flops.
+
+    Exits if two models have the same flags: they would train in the same folder.
+    """
+    models, labels = {}, {}
     for label, text in texts.items():
         flags = shlex.split(text)
         if flags[-1].startswith("--compute_of="):
@@ -114,6 +117,10 @@ def get_models(texts, extra):
             flops, step_tokens = train.get_cost(args, load_data(args.data_dir)[2])
             flags.append(f"--target_flops={flops * step_tokens * args.max_steps:.6g}")
         models[label] = [*flags, *extra]
+        same = labels.setdefault(str(train.get_args(models[label])[0]), label)
+        if same != label:
+            sys.exit(f"{same} and {label} are the same model with these flags: name the models "
+                     "that you want by their flags")
     return models
 
 
@@ -236,9 +243,7 @@ def study(argv):
     device = pick_device(base.device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     workers = args.workers or gpus or torch.get_num_threads()
-    places = queue.Queue()      # one GPU or one CPU core for each worker
-    for i in range(workers):
-        places.put({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {"OMP_NUM_THREADS": "1"})
+    places = get_places(workers, gpus)
     print(f"{len(models)} models, {workers} runs at once", flush=True)
     pool = ThreadPoolExecutor(workers)
     try:
@@ -254,16 +259,27 @@ def study(argv):
     path.write_text(json.dumps({"setting": setting, "command": ["results/study.py", *argv],
                                 "data": meta, "models": rows}, indent=1) + "\n")
     print(f"written: {path}")
+    whole = all(finished(row) for row in rows.values())     # no model is missing
     rows = {label: row for label, row in rows.items() if finished(row)}
     gated = {label: row for label, row in rows.items() if finished(row)[0]["gates"]}
     if rows and all("right" in finished(row)[0] for row in rows.values()):
         show_answers(rows, path.with_suffix(".png"))
-    elif experiment == "compute":
+    elif experiment == "compute" and whole:
         save_picture(path.with_suffix(".png"), draw_differences, rows)
-    elif experiment == "optimizers":
+    elif experiment == "optimizers" and whole:
         save_picture(path.with_suffix(".png"), draw_gains, rows)
     elif gated:
         save_picture(path.with_suffix(".png"), draw_gates, gated)
+
+
+def get_places(workers, gpus):
+    """A queue with a GPU or a CPU core for each worker, as environment variables."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    places = queue.Queue()
+    for i in range(workers):
+        gpu = {"CUDA_VISIBLE_DEVICES": visible.split(",")[i % gpus]} if gpus else {}
+        places.put(gpu or {"OMP_NUM_THREADS": "1"})
+    return places
 
 
 def finished(row):

@@ -76,6 +76,19 @@ def test_what_a_study_cannot_use_it_refuses(flags, tmp_path):
     assert len(err.splitlines()) == 1 and ("see --seeds" in err or "name an experiment" in err)
 
 
+def test_models_with_the_same_flags_are_refused(data, tmp_path):
+    err = finish(SCRIPT, "optimizers", data, "--optimizer=muon", cwd=tmp_path, code=1)
+    assert err.startswith("adamw, 1 block and muon, 1 block are the same model")
+    assert not list(tmp_path.rglob("out.txt"))
+
+
+def test_each_worker_gets_a_gpu_that_the_caller_may_use(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    places = study.get_places(3, gpus=2)
+    assert [places.get()["CUDA_VISIBLE_DEVICES"] for _ in range(3)] == ["2", "5", "2"]
+    assert study.get_places(1, gpus=0).get() == {"OMP_NUM_THREADS": "1"}
+
+
 def training_flops(flags):
     args, *_ = train.get_args(flags)
     each, step_tokens = train.get_cost(args, {"vocab_size": 257})
