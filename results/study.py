@@ -115,7 +115,8 @@ def get_models(texts, extra):
             as_label = flags.pop().removeprefix("--compute_of=")
             args, *_ = train.get_args(models[as_label])
             flops, step_tokens = train.get_cost(args, load_data(args.data_dir)[2])
-            flags.append(f"--target_flops={flops * step_tokens * args.max_steps:.6g}")
+            budget = args.target_flops or flops * step_tokens * args.max_steps
+            flags.append(f"--target_flops={budget:.6g}")
         models[label] = [*flags, *extra]
         same = labels.setdefault(str(train.get_args(models[label])[0]), label)
         if same != label:
@@ -348,7 +349,7 @@ def draw_differences(axes, rows):
 def draw_gains(axes, rows):
     """Draw each loss minus the mean of one block with the same optimizer: a dot for each seed."""
     for i, optimizer in enumerate(train.OPTIMIZERS):
-        mine = {label: row for label, row in rows.items() if label.startswith(optimizer)}
+        mine = {label: row for label, row in rows.items() if label.startswith(f"{optimizer}, ")}
         base = next(iter(mine.values()))["mean"]
         for place, row in enumerate(mine.values()):
             gains = [run["val_loss"] - base for run in finished(row)]
@@ -357,8 +358,8 @@ def draw_gains(axes, rows):
             axes.plot(place + i / 5, row["mean"] - base, "_", color=f"C{i}", markersize=25)
     axes.axhline(0, color="black", linewidth=1)
     axes.set_xticks(range(len(mine)), [label.split(", ")[1] for label in mine])
-    axes.set(ylabel="validation loss minus that of one block, nats",
-             title="what depth gains with each optimizer: dots are seeds, lines their means")
+    axes.set(ylabel="validation loss minus that of one block with the same optimizer, nats",
+             title="what depth gains with each optimizer: lower is better, a dot for each seed")
     axes.legend()
 
 
