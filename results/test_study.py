@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import study
+import torch
 import train
 from matplotlib.figure import Figure
 from model import RESIDUALS
@@ -40,7 +41,9 @@ def test_a_study_goes_on_where_it_was_stopped(data, tmp_path):
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())  # not run again
     assert len(re.findall("from an earlier run", out)) == len(finished)
     path = next((tmp_path / "results").glob("variants-seeds=1-max_steps=30*.json"))
-    models = json.loads(path.read_text())["models"]
+    written = json.loads(path.read_text())
+    models = written["models"]
+    assert torch.backends.cpu.get_cpu_capability() in written["setting"]
     assert list(models) == ["1 loop", *RESIDUALS]
     for label, row in models.items():
         assert row["mean"] == row["runs"][0]["val_loss"]
