@@ -6,9 +6,9 @@ What a model costs, and what its loops gain.
     python bench.py loops --out_dir=out-arrows      what each loop gains on the puzzle
 
 speed measures each model in a process of its own, with nothing compiled before. start is the time
-until the first step is done, the other times are medians. memory is how much training raises its
-peak. MFU, the model FLOPs utilization, is the share of what a GPU's maker states, or of what one
-large matrix product reaches here. decode is in tokens per second.
+until the first step is done, the other times are medians. memory is how much training raises that
+process's peak. MFU, the model FLOPs utilization, is the share of what a GPU's maker states, or of
+what one large matrix product reaches here. decode is in tokens per second.
 """
 import math
 import os
@@ -25,7 +25,7 @@ import torch
 import train
 from model import GPT, KVCache, flops_per_token, generate, load_checkpoint, next_logits
 from model import pick_device, pick_dtype
-from prepare import LETTERS, follow, make_arrows, make_parser, read_map, test_map
+from prepare import LETTERS, TEST_CHAINS, follow, make_arrows, make_parser, read_map
 
 # ---- speed: what a model costs ----
 
@@ -138,7 +138,7 @@ def device_name(device):
 
 # ---- loops: what each loop of a checkpoint gains ----
 
-TEST, VALIDATION = 1, 2     # seeds of maps: the first for what is shown, the other for choices
+TEST, VALIDATION = 1, 2     # seeds of maps: TEST is reported, study.py chooses by VALIDATION
 
 
 def loops(flags):
@@ -149,9 +149,10 @@ def loops(flags):
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps")
     args = parser.parse_args(flags)
     model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt", pick_device(args.device))
-    if state["data"]["dataset"] != "arrows":
-        sys.exit(f"the model in {args.out_dir} was not trained on arrows: see its loops with "
-                 f"python sample.py --show_loops --out_dir={args.out_dir}")
+    if (state["data"]["dataset"] != "arrows" or not state["args"]["hide_answers"]
+            or model.config.block_size < 67):
+        sys.exit(f"the model in {args.out_dir} was not trained by --preset=arrows: see its loops "
+                 f"with python sample.py --show_loops --out_dir={args.out_dir}")
     print_walks(model.eval())
     table = right_answers(model, n_loop=20)
     print_answers({f"after loop {n}": row for n, row in enumerate(table, start=1)})
@@ -164,7 +165,7 @@ def loops(flags):
 def print_walks(model, count=4, n_loop=12):
     """Print what the model answers after each loop to questions of 9 steps, and the right way."""
     print(f"{'map: where a, b, .. t point':<28} question  way         after loop 1, 2, .. {n_loop}")
-    for text in make_arrows(count, test_map, TEST):
+    for text in make_arrows(count, TEST_CHAINS, TEST):
         way = max((follow(read_map(text), letter) for letter in LETTERS), key=len)
         idx = torch.tensor([list(f"{text[:20]}{way[0]}>".encode())]).to(model.wte.weight.device)
         said = [model.logits(state, last=True).argmax() for state in model.states(idx, n_loop)]
@@ -173,7 +174,7 @@ def print_walks(model, count=4, n_loop=12):
 
 def questions(count, seed):
     """Questions about new maps: inputs and targets (count, 67), steps to answers (count, 16)."""
-    texts = list(make_arrows(count, test_map, seed))
+    texts = list(make_arrows(count, TEST_CHAINS, seed))
     rows = torch.tensor([list(text.encode()) for text in texts])
     x, y = train.inputs_and_targets(rows, torch.device("cpu"), ord(">"), hide=True)
     steps = [[len(follow(read_map(text), letter)) - 1 for letter in text[20::3]] for text in texts]

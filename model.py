@@ -6,9 +6,9 @@ blocks n_loop times. Each loop adds a predicted residual to the state, through a
 
     x(n) = x(n-1) + a_n * f(x(n-1)),    n = 1 .. n_loop
 
-f is what the blocks add to the state, and a_n has a number for each channel. The parameters stay
-the same, the compute grows. In this file that is the inner `for` of GPT.states, and the equation
-itself in GPT.loop.
+We take f for what the blocks add to the state. a_n has a number for each channel. The parameters
+stay the same, the compute grows. The loop is the inner `for` of GPT.states, the equation stands in
+GPT.loop.
 
     model = GPT(GPTConfig(n_layer=6, n_loop=6))     # the paper's 81M model
     logits = model(idx)                             # (B, T) -> (B, T, V)
@@ -31,15 +31,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# The variants of the equation in GPT.loop: does it learn gates, and how often do N loops add what a
-# block puts out? In mean each loop adds 1/N of it, so it is added once in all.
-RESIDUALS = {
-    "gated": dict(gates=True, added="N times"),
-    "sum": dict(gates=False, added="N times"),
-    "mean": dict(gates=False, added="once"),
-    "outer": dict(gates=False, added="N times"),
-}
-LOOP_ORDERS = ("stack", "block")    # see GPT.states
+RESIDUALS = ("gated", "sum", "mean", "outer")    # the variants of the equation, see GPT.loop
+LOOP_ORDERS = ("stack", "block")                # see GPT.states
 
 
 @dataclass
@@ -81,7 +74,7 @@ class KVCache:
 
     def __init__(self, max_length):
         self.max_length = max_length
-        self.length = 0     # positions in every entry; generate counts them
+        self.length = 0     # positions in every entry; who calls the model counts them
         self.slot = None    # the (loop, block) that computes now; GPT.blocks sets it
         self.entries = {}   # (loop, block): (2, B, nh, max_length, hs)
 
@@ -176,7 +169,7 @@ class GPT(nn.Module):
             self.groups = [(i, i + 1) for i in range(c.loop_start, c.loop_end)]
         # a gate for each group, loop and channel; a model of one loop has none, it is GPT-2
         self.gates = None
-        if RESIDUALS[c.residual]["gates"] and c.n_loop > 1:
+        if c.residual == "gated" and c.n_loop > 1:
             self.gates = nn.Parameter(torch.ones(len(self.groups), c.n_loop, c.n_embd))
         self.init_weights()
 
@@ -194,10 +187,11 @@ class GPT(nn.Module):
     def loop_scale(self, name):
         """The factor on a parameter's first standard deviation, and on its learning rate.
 
-        It is 1/N for the c_proj.weight of a looped block whose output is added N times, else 1.
+        What a looped block's c_proj puts out is added to x in each of N loops: so its factor is
+        1/N. It is 1 for all others, and in mean, which divides by N itself.
         """
         c = self.config
-        if not name.endswith("c_proj.weight") or RESIDUALS[c.residual]["added"] == "once":
+        if not name.endswith("c_proj.weight") or c.residual == "mean":
             return 1
         block = int(name.split(".")[1])     # h.0.attn.c_proj.weight
         return 1 / c.n_loop if c.loop_start <= block < c.loop_end else 1
@@ -232,9 +226,9 @@ class GPT(nn.Module):
     def loop(self, x, x0, group, n, N, cache=None):
         """Loop n of N, counted from 0, through a group of blocks: (B, T, C) -> (B, T, C).
 
-        The group computes blocks(x) = x + g(x). arXiv 2409.14199 leaves open whether its f is g or
-        blocks. In gated, sum and mean it is g, in outer it is blocks. x0 is the state before the
-        first loop: these four do not need it, a variant of yours may.
+        The group computes blocks(x) = x + g(x). The reviews of the paper leave open whether its f
+        is g or blocks. In gated, sum and mean it is g, in outer it is blocks. x0 is the state
+        before the first loop: these four do not need it, a variant of yours may.
         """
         start, end = self.groups[group]
         y = self.blocks(start, end, x, cache, n)    # y = x + g(x)
@@ -421,12 +415,14 @@ def load_checkpoint(path, device="cpu"):
     """
     path, old = Path(path), Path(path).with_suffix(".old.pt")
     if not path.is_file():
-        hint = f"{old} is there, rename it" if old.is_file() else "train one with python train.py"
+        hint = "train one with python train.py"
+        if old.is_file():
+            hint = f"{old} is an earlier run's, rename it and its log.old.jsonl to go on with it"
         sys.exit(f"no checkpoint {path}: {hint}")
     state = torch.load(path, map_location="cpu", weights_only=True)
     try:
         config = GPTConfig(**state.pop("config"))
-    except (TypeError, AssertionError) as error:
+    except (AttributeError, KeyError, TypeError, AssertionError) as error:
         sys.exit(f"{path} is of other code, such as a fork ({error}): use that code")
     model = GPT(config)
     model.load_state_dict(state.pop("model"))
@@ -436,14 +432,14 @@ def load_checkpoint(path, device="cpu"):
 # ---- weights from elsewhere ----
 
 def load_pretrained(path):
-    """Return the model of a file: OpenAI's GPT-2 as model.safetensors, or our own ckpt.pt.
+    """Return (model, state) of our own ckpt.pt, or (model, None) of a model.safetensors.
 
     A model.safetensors is one of OpenAI's four or of their architecture: attention heads 64 wide,
     scores scaled by 1/sqrt(64) in every block, gelu by tanh, the GPT-2 vocabulary. The file does
     not state the first three, so they are assumed. Exits if it is something else.
     """
     if Path(path).suffix == ".pt":
-        return load_checkpoint(path)[0]
+        return load_checkpoint(path)
     weights = {}
     masks = (".attn.bias", ".attn.masked_bias")     # causal masks, despite their name
     for name, t in read_safetensors(path).items():
@@ -466,7 +462,7 @@ def load_pretrained(path):
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         sys.exit(f"{path} is not a GPT-2 ({reason}): {usage}")
-    return model
+    return model, None
 
 
 def change_layout(model, config):
@@ -499,6 +495,8 @@ def read_safetensors(path):
         return {}
     header = json.loads(file[8:start].numpy().tobytes())
     header.pop("__metadata__", None)
+    if any(info["dtype"] not in dtypes for info in header.values()):
+        return {}
     tensors = {}
     for name, info in header.items():
         begin, end = info["data_offsets"]

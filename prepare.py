@@ -78,7 +78,8 @@ def split_documents(documents, one_in):
 def token_stream(source, tokenizer, shards):
     """Yield (split, ids) for all of a source, ids (n,) in uint16."""
     if source == "openwebtext":
-        documents, one_in = read_openwebtext(shards), 2000  # 0.05% for validation, as in nanoGPT
+        documents = read_openwebtext(shards or 21)
+        one_in = 2000   # 0.05% for validation, as in nanoGPT
     elif source in PUZZLES:
         make, count = PUZZLES[source]
         documents, one_in = make(count), 10
@@ -104,7 +105,10 @@ def write_data(folder, source, tokenizer, shards):
         lengths[i] = len(tokenizer.decode_single_token_bytes(i))
     meta = {"dataset": source, "tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab}
     meta |= {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--data_dir={folder} cannot be made ({error.strerror}): name another folder")
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as beside:
         paths = {split: Path(beside, f"{split}.bin") for split in SPLITS}
         with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
@@ -126,7 +130,7 @@ def load_data(data_dir):
     """Return (train, val, meta): read-only uint16 arrays that stay on disk, and meta.json."""
     folder = Path(data_dir)
     if not (folder / "meta.json").is_file():
-        name = data_dir.removeprefix("data-")
+        name = folder.name.removeprefix("data-")
         source = f" {name}" if name in PUZZLES else ""
         sys.exit(f"no data in {data_dir}: run python prepare.py{source} --data_dir={data_dir}")
     meta = json.loads((folder / "meta.json").read_text())
@@ -203,17 +207,8 @@ def read_documents(path):
 LETTERS = "abcdefghijklmnopqrst"
 
 
-def training_map(rng):
-    """A map for questions of 0 to 4 steps: chains of 1 to 5 letters."""
-    return chain_map(rng, lengths=range(1, 6))
-
-
-def test_map(rng):
-    """A map for questions of 0 to 9 steps: two chains of 10 letters.
-
-    Both ends have 10 letters that lead to them, so a blind guess of an end is right in 50%.
-    """
-    return chain_map(rng, lengths=[10])
+TRAINING_CHAINS = range(1, 6)   # lengths in letters: questions take 0 to 4 steps
+TEST_CHAINS = [10]              # two of ten: 0 to 9 steps, and a blind guess of an end has 50%
 
 
 def chain_map(rng, lengths):
@@ -243,7 +238,7 @@ def follow(points_to, letter):
     return way
 
 
-def make_arrows(count, make_map=training_map, seed=0):
+def make_arrows(count, lengths=TRAINING_CHAINS, seed=0):
     """Yield puzzles of 68 characters: a map of 20 letters, then 16 questions about it.
 
     The map says to which letter a, b, .. t point, in this order. An arrow points forward in the
@@ -252,7 +247,7 @@ def make_arrows(count, make_map=training_map, seed=0):
     """
     rng = random.Random(seed)
     for _ in range(count):
-        points_to = make_map(rng)
+        points_to = chain_map(rng, lengths)
         questions = [f"{letter}>{follow(points_to, letter)[-1]}"
                      for letter in rng.sample(LETTERS, 16)]
         yield "".join(points_to[letter] for letter in LETTERS) + "".join(questions)
@@ -407,14 +402,14 @@ def main():
     add("source", nargs="?", default="pystdlib",
         help=f"pystdlib, {', '.join(PUZZLES)}, shakespeare, openwebtext, a text file or a folder")
     add("--tokenizer", choices=TOKENIZERS, help="None: gpt2 for openwebtext, byte for the others")
-    add("--shards", type=int, choices=range(1, 22), default=21, metavar="1..21",
-        help="how many files of openwebtext")
+    add("--shards", type=int, choices=range(1, 22), metavar="1..21",
+        help="how many files of openwebtext; None: all 21")
     add("--data_dir", help="the folder to write; None: data, or data-NAME for a puzzle")
     args = parser.parse_args()
     data_dir = args.data_dir or (f"data-{args.source}" if args.source in PUZZLES else "data")
-    if Path(data_dir).is_file():
-        parser.error(f"--data_dir={data_dir} is a file: name a folder")
     tokenizer = args.tokenizer or ("gpt2" if args.source == "openwebtext" else "byte")
+    if args.shards and args.source != "openwebtext":
+        parser.error("--shards is for openwebtext: leave it out")
     if args.source in PUZZLES and tokenizer != "byte":
         parser.error(f"{args.source} is a puzzle of bytes: leave out --tokenizer")
     meta = write_data(Path(data_dir), args.source, get_tokenizer(tokenizer), args.shards)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from model import generate, load_checkpoint, load_pretrained, pick_device, pick_dtype
+from model import generate, load_pretrained, pick_device, pick_dtype
 from prepare import EOT, find_weights, get_tokenizer, make_parser
 from train import not_negative, positive
 
@@ -48,11 +48,8 @@ def get_args():
 def load_model(args, device):
     """Return (model, tokenizer), of train.py's checkpoint or of --init_from."""
     path = find_weights(args.init_from) if args.init_from else Path(args.out_dir) / "ckpt.pt"
-    if path.suffix == ".pt":
-        model, state = load_checkpoint(path)
-        tokenizer = get_tokenizer(state["data"]["tokenizer"])
-    else:
-        model, tokenizer = load_pretrained(path), get_tokenizer("gpt2")
+    model, state = load_pretrained(path)
+    tokenizer = get_tokenizer(state["data"]["tokenizer"] if state else "gpt2")
     # each token reads all weights: in bfloat16 they are half the bytes
     dtype = pick_dtype("auto", device, model.config.n_embd)
     return model.to(device, dtype).eval(), tokenizer

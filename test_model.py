@@ -198,17 +198,17 @@ def follow(text, letter, steps=0):
     return (letter, steps) if target == letter else follow(text, target, steps + 1)
 
 
-@pytest.mark.parametrize("make_map", [prepare.training_map, prepare.test_map])
-def test_arrows_lead_forward_to_the_answers(make_map):
-    documents, seen = list(prepare.make_arrows(300, make_map)), []
-    assert documents == list(prepare.make_arrows(300, make_map)) and len(set(documents)) == 300
-    assert documents != list(prepare.make_arrows(300, make_map, seed=1))
+@pytest.mark.parametrize("lengths", [prepare.TRAINING_CHAINS, prepare.TEST_CHAINS])
+def test_arrows_lead_forward_to_the_answers(lengths):
+    documents, seen = list(prepare.make_arrows(300, lengths)), []
+    assert documents == list(prepare.make_arrows(300, lengths)) and len(set(documents)) == 300
+    assert documents != list(prepare.make_arrows(300, lengths, seed=1))
     for text in documents:
         assert all(target >= letter for target, letter in zip(text, prepare.LETTERS, strict=False))
         moves = [a for a, b in zip(text, prepare.LETTERS, strict=False) if a != b]
         assert len(set(moves)) == len(moves)    # chains: one arrow at most leads to a letter
         ends, steps = zip(*(follow(text, letter) for letter in prepare.LETTERS), strict=True)
-        if make_map is prepare.test_map:    # two equal chains: a guess of an end is right in 50%
+        if lengths is prepare.TEST_CHAINS:    # two equal chains: a guess of an end is right in 50%
             assert sorted(steps) == sorted([*range(10)] * 2)
             assert sorted(ends.count(end) for end in set(ends)) == [10, 10]
         else:
@@ -220,7 +220,7 @@ def test_arrows_lead_forward_to_the_answers(make_map):
             assert (arrow, answer) == (">", end)
             seen.append(steps)
     x, y, steps = bench.questions(300, seed=0)
-    if make_map is prepare.test_map:
+    if lengths is prepare.TEST_CHAINS:
         assert steps.flatten().tolist() == seen and bytes(x[0, 20:23].tolist())[1:] == b">>"
         assert y[y >= 0].tolist() == [ord(text[i]) for text in documents for i in range(22, 68, 3)]
     else:
@@ -411,7 +411,7 @@ def test_the_loop_is_the_paper_s_equation(variant, layout):
 
 
 def test_a_variant_without_an_equation_is_an_error(monkeypatch):
-    monkeypatch.setitem(RESIDUALS, "nonsense", dict(gates=False, added="once"))
+    monkeypatch.setattr("model.RESIDUALS", (*RESIDUALS, "nonsense"))
     model = small(n_loop=2, residual="nonsense")
     for loop in (model, lambda idx: by_hand(model, idx, 2)):
         with pytest.raises((NotImplementedError, KeyError), match="nonsense"):
@@ -585,7 +585,7 @@ def hugging_face(tmp_path_factory):
 def test_gpt2_equals_hugging_face_and_one_loop_is_gpt2_bit_for_bit(hugging_face):
     theirs, path = hugging_face
     idx = torch.randint(50257, (2, 64))
-    expected, gpt2 = theirs(idx).logits, load_pretrained(path)
+    expected, (gpt2, _) = theirs(idx).logits, load_pretrained(path)
     logits = gpt2(idx)
     assert (logits - expected).abs().max() < 1e-4
     for (start, end), variant in itertools.product(LAYOUTS, VARIANTS):
@@ -612,7 +612,7 @@ def test_gpt2_by_name_is_downloaded_and_checked(hugging_face, served, monkeypatc
     monkeypatch.setattr(prepare, "GPT2", served + "/{}/{}/model.safetensors")
     files = {"gpt2": ("revision", hashlib.sha256(body).hexdigest()), "gpt2-xl": ("other", "0" * 64)}
     monkeypatch.setattr(prepare, "GPT2_FILES", files)
-    ours = load_pretrained(prepare.find_weights("gpt2"))
+    ours, _ = load_pretrained(prepare.find_weights("gpt2"))
     expected = tensors["h.1.attn.c_attn.weight"].float().T
     assert torch.equal(ours.h[1].attn.c_attn.weight, expected)
     with pytest.raises(SystemExit, match="has another sha256 .* without a network name a model"):
@@ -626,7 +626,8 @@ def test_a_file_that_would_load_wrong_does_not_load(hugging_face, tmp_path):
     head, fc = good[name("wte")], good[name("h.1.mlp.c_fc")]
     for change in ({"lm_head.weight": head + 0.1}, {"transformer.extra": torch.ones(2)},
                    {name("wte"): head[:1000].clone()}, {name("wte"): F.pad(head, (0, 0, 0, 47))},
-                   {name("wte"): head[:, :100].clone()}, {name("h.1.mlp.c_fc"): F.pad(fc, (0, 8))}):
+                   {name("wte"): head[:, :100].clone()}, {name("h.1.mlp.c_fc"): F.pad(fc, (0, 8))},
+                   {"position_ids": torch.arange(3)}):
         save_file(good | change, tmp_path / "f.safetensors")
         with pytest.raises(SystemExit, match="f.safetensors is not a GPT-2.*: name a ckpt.pt"):
             load_pretrained(tmp_path / "f.safetensors")
@@ -634,7 +635,7 @@ def test_a_file_that_would_load_wrong_does_not_load(hugging_face, tmp_path):
     with pytest.raises(SystemExit, match="text.txt is not a GPT-2"):
         load_pretrained(tmp_path / "text.txt")
     save_file(good | {"lm_head.weight": head.clone()}, tmp_path / "f")
-    assert load_pretrained(tmp_path / "f").config.n_layer == 3
+    assert load_pretrained(tmp_path / "f")[0].config.n_layer == 3
 
 
 def test_safetensors_are_read_as_their_library_does(tmp_path):
@@ -692,6 +693,16 @@ def test_a_checkpoint_of_a_fork_says_so(tmp_path):
         torch.save(state | {"config": state["config"] | change}, tmp_path / "c.pt")
         with pytest.raises(SystemExit, match="of other code, .*(rotary|mine).*use that code"):
             load_checkpoint(tmp_path / "c.pt")
+    for weights in (state["model"], torch.ones(2)):     # of something else
+        torch.save(weights, tmp_path / "c.pt")
+        with pytest.raises(SystemExit, match="of other code, such as a fork"):
+            load_checkpoint(tmp_path / "c.pt")
+    args = vars(get_args([]))
+    without = {name: value for name, value in args.items() if name != "score_count"}
+    for changed, name in ((args | {"mine": 1}, "mine"), (without, "score_count")):
+        save_checkpoint(tmp_path / "ckpt.pt", small(), args=changed)
+        with pytest.raises(SystemExit, match=f"of other code, .* in the flags {name}: use that"):
+            train.get_args(["--resume", f"--out_dir={tmp_path}"])
 
 
 # ---- train.py ----
@@ -999,6 +1010,12 @@ def test_a_second_run_keeps_the_first(tiny_data):
     assert old.read_bytes() == first and path.read_bytes() != first
     finish("train.py", "--resume", "--out_dir=twice", cwd=tiny_data)
     assert old.read_bytes() == first
+    log, second = (tiny_data / "twice" / "log.jsonl").read_bytes(), path.read_bytes()
+    diverging = ["--learning_rate=1e30", "--optimizer=adamw"]
+    finish("train.py", *few, *diverging, cwd=tiny_data, code=1)     # it leaves a log alone
+    finish("train.py", *few, cwd=tiny_data)
+    assert old.read_bytes() == second
+    assert old.with_name("log.old.jsonl").read_bytes() == log
 
 
 def test_a_plain_python_is_one_process_and_any_folder_s_name_can_be_shown(tiny_data, monkeypatch):
@@ -1066,6 +1083,9 @@ def test_training_starts_from_pretrained_weights(hugging_face, tmp_path):
     assert again["val_loss"] == result["val_loss"] and again["gates"] == result["gates"]
     args, *_ = train.get_args(["--preset=gpt2-81m-loop", flags[0]])     # their layers, our loops
     assert (args.n_layer, args.n_loop) == (theirs.config.n_layer, 6)
+    save_checkpoint(tmp_path / "outer.pt", small(residual="outer"))     # no GPT-2, even in one loop
+    args, *_ = train.get_args([f"--init_from={tmp_path / 'outer.pt'}"])
+    assert args.residual == "outer"
 
 
 # ---- sample.py ----
@@ -1138,7 +1158,7 @@ def test_bench_measures_what_its_flags_describe(tmp_path):
 def test_bench_counts_the_right_answers(capsys):
     model = small(n_loop=3, vocab_size=257, block_size=68).float()
     model.wte.weight[list(b"opqrst")] *= 5  # its guesses are letters, and often ends
-    texts = list(prepare.make_arrows(1000, prepare.test_map, bench.TEST))
+    texts = list(prepare.make_arrows(1000, prepare.TEST_CHAINS, bench.TEST))
     x = torch.tensor([[*re.sub(">.", ">>", text).encode()] for text in texts])
     guesses = torch.stack([logits_by_hand(model, s).argmax(-1) for s in by_hand(model, x, 4)])
     share = np.zeros((2, 4, 10))    # right ones, all
@@ -1163,6 +1183,14 @@ def test_bench_counts_the_right_answers(capsys):
         assert said == [chr(logits_by_hand(model, state)[0, -1].argmax()) for state in states]
 
 
+def test_bench_refuses_a_model_of_another_puzzle(tmp_path):
+    for block_size, hidden in ((34, True), (68, False)):
+        save_checkpoint(tmp_path / "ckpt.pt", small(block_size=block_size),
+                        data={"dataset": "arrows"}, args={"hide_answers": hidden})
+        with pytest.raises(SystemExit, match="was not trained by --preset=arrows"):
+            bench.loops([f"--out_dir={tmp_path}"])
+
+
 def test_the_puzzle_is_prepared_trained_and_shown(tmp_path):
     out = finish("prepare.py", "arrows", cwd=tmp_path)
     assert "data-arrows/val.bin" in out
@@ -1185,7 +1213,8 @@ MISTAKES = [
     (prepare, "short.txt", "too little text for train.bin"),
     (prepare, "empty", "too little text"),
     (prepare, "same.txt", "too little text for val.bin"),
-    (prepare, "--data_dir=text.txt", "text.txt is a file"),
+    (prepare, "--data_dir=text.txt/x", "text.txt/x cannot be made (Not a directory)"),
+    (prepare, "text.txt --shards=3", "--shards is for openwebtext"),
     (prepare, "shakespeare", "without a network use python prepare.py"),
     (prepare, "openwebtext", "python prepare.py --tokenizer=byte"),
     (prepare, "arrows --tokenizer=gpt2", "a puzzle of bytes: leave out --tokenizer"),
@@ -1194,7 +1223,8 @@ MISTAKES = [
     (train, "--learning_rate=nan", "invalid not_negative value"),
     (train, "--seed=99999999999999999999", "--seed=99999999999999999999 must be 0 or more"),
     (train, "--loop_start=1", "loop_start=1"),
-    (train, "--out_dir=text.txt", "text.txt is a file"),
+    (train, "--out_dir=text.txt", "text.txt cannot be made (File exists): name another folder"),
+    (train, "--target_flops=1e30", "--target_flops=1e+30 are"),
     (train, "--n_embd=30 --n_head=4", "n_embd=30 must be a multiple of n_head=4"),
     (train, "--dropout=1", "dropout=1.0"),
     (train, "--n_loop=2 --n_loop_min=3", "--n_loop_min=3 must not be above --n_loop=2"),
@@ -1202,12 +1232,13 @@ MISTAKES = [
     (train, "--score_after=~", "'~' is not a single byte token that data/val.bin has"),
     (train, "--data_dir=none", "no data in none: run python prepare.py --data_dir=none"),
     (train, "--preset=arrows", "no data in data-arrows: run python prepare.py arrows"),
+    (train, "--data_dir=data-addition/", "run python prepare.py addition --data_dir=data-addition/"),
     (train, "--block_size=99999999", "use a smaller --block_size"),
     (train, "--preset=gpt2-45m --block_size=16", "data has 257 byte tokens, the model 50257"),
     (train, "--init_from=nowhere", "no file nowhere"),
     (train, "--init_from=text.txt", "text.txt is not a GPT-2"),
     (train, "--init_from=whole/ckpt.pt --n_loop=3", "--n_loop=3 does not fit"),
-    (train, "--resume --out_dir=old", "old/ckpt.old.pt is there, rename it"),
+    (train, "--resume --out_dir=old", "old/ckpt.old.pt is an earlier run's, rename it"),
     (train, "--device=quantum", "--device=quantum does not work here: use --device=cpu"),
     (train, "--resume", "no checkpoint out/ckpt.pt: train one with python train.py"),
     (train, "--resume --out_dir=whole --n_embd=32", "--n_embd=32 does not fit"),
@@ -1217,7 +1248,7 @@ MISTAKES = [
     (sample, "--out_dir=whole --prompt=xxxxxxxxxxxxxxxxx", "17 tokens, the model sees 16"),
     (sample, "--exit_kl=1 --show_loops", "leave out --exit_kl"),
     (bench, "nonsense", "has no command nonsense"),
-    (bench, "loops --out_dir=whole", "was not trained on arrows"),
+    (bench, "loops --out_dir=whole", "was not trained by --preset=arrows"),
 ]
 
 

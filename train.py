@@ -8,9 +8,9 @@ Tokens to a model: trains GPT-2 or a Loop Neural Network on what prepare.py wrot
     torchrun --nproc_per_node=8 train.py --preset=gpt2-81m-loop    the same training on eight
 
 Several processes share the sequences of a step. So any number of them gives the same training, up
-to rounding and dropout, if all sequences have equally many targets. Reports go to the terminal, and
-as JSON lines to out/log.jsonl. Two trainings at once on one CPU need OMP_NUM_THREADS=1 each: with
-more threads than cores they crawl.
+to rounding and dropout. With --score_after all sequences should have equally many targets, for each
+batch of a step weighs the same. Reports go to the terminal, and as JSON lines to out/log.jsonl. Two
+trainings at once on one CPU need OMP_NUM_THREADS=1 each: with more threads than cores they crawl.
 """
 import argparse
 import json
@@ -97,7 +97,7 @@ def make_flags():
     add("--batch_size", type=positive, default=8, help="sequences that a process computes at once")
     add("--gradient_accumulation_steps", type=positive, default=1, help="batches in a step, in all")
     add("--stride", type=positive, default=1, help="sequences start at multiples of it")
-    add("--score_after", help="the loss counts only tokens that follow this one, such as answers")
+    add("--score_after", help="the loss counts only what follows this token, such as answers")
     add("--score_count", type=positive, default=1, help="how many tokens after each count")
     add("--hide_answers", action=switch, help="replace them by --score_after in the input")
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="muon is for the blocks' matrices")
@@ -136,14 +136,19 @@ def get_args(argv=None):
     model, state, must_be = None, None, {}      # must_be: flags that model decides
     if args.resume:
         model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt")
+        other = vars(args).keys() ^ state["args"].keys()
+        if other:
+            sys.exit(f"{args.out_dir}/ckpt.pt is of other code, which differs in the flags "
+                     f"{', '.join(sorted(other))}: use that code")
         parser.set_defaults(**state["args"] | {"out_dir": args.out_dir})    # it may have moved
         must_be = {name: state["args"][name] for name in fixed}
     elif args.init_from:
-        model = load_pretrained(find_weights(args.init_from))
+        model, _ = load_pretrained(find_weights(args.init_from))
         must_be = asdict(model.config)
-        if model.config.n_loop == 1:    # it can be looped in any way
-            must_be = {name: must_be[name] for name in must_be if "loop" not in name}
-            del must_be["residual"]
+        if model.config.n_loop == 1 and model.config.residual != "outer":
+            # it is a GPT-2, and can be looped in any way
+            for name in ("n_loop", "loop_start", "loop_end", "loop_order", "residual"):
+                del must_be[name]
         parser.set_defaults(**must_be, optimizer="adamw", learning_rate=3e-5)
         del must_be["dropout"], must_be["block_size"]
     args = parser.parse_args(argv)
@@ -420,8 +425,6 @@ def check(args, train_data, val_data, meta, world, state):
     if args.batch_size * args.gradient_accumulation_steps % world:
         sys.exit(f"{world} processes cannot share the sequences of a step equally: "
                  "change --batch_size or --gradient_accumulation_steps")
-    if Path(args.out_dir).is_file():
-        sys.exit(f"--out_dir={args.out_dir} is a file: name a folder")
     if state is not None:
         data = state["data"]
         if any(data[split] != meta[split] for split in ("train", "val")):
@@ -462,8 +465,14 @@ def describe(record, args, step_tokens):
 
 def start_folder(out, resumed):
     """Make the folder of a run. A new run renames what an earlier one left there."""
-    out.mkdir(parents=True, exist_ok=True)
-    for path in (out / "log.jsonl", out / "ckpt.pt"):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--out_dir={out} cannot be made ({error.strerror}): name another folder")
+    log, checkpoint = out / "log.jsonl", out / "ckpt.pt"
+    if not resumed and not checkpoint.exists():
+        log.unlink(missing_ok=True)     # of a run that saved no model, because it diverged, say
+    for path in (log, checkpoint):
         if path.exists() and not resumed:
             old = path.with_suffix(f".old{path.suffix}")
             os.replace(path, old)
@@ -479,6 +488,8 @@ def train(args, model=None, state=None):
     flops, step_tokens = get_cost(args, meta)
     if args.target_flops is not None:
         args.max_steps = max(1, round(args.target_flops / (flops * step_tokens)))
+        if args.max_steps >= 2 ** 31:
+            sys.exit(f"--target_flops={args.target_flops:g} are {args.max_steps:g} steps: fewer")
         args.target_flops = None  # a resumed run goes by max_steps
 
     # the model and its optimizers

@@ -10,7 +10,7 @@ Every model gets the same data, with the same seed in the same order, and the sa
 the best lies between two others, in at most 12 trials. All trials are recorded.
 
 A run in out-study/ that is finished is not repeated, an interrupted one goes on. Its folder's name
-holds a hash of its flags, its data and the code.
+holds a hash of its flags, its data, the weights it starts from and the code.
 """
 import json
 import os
@@ -32,7 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 import train
 from bench import VALIDATION, device_name, draw_answers, print_answers, right_answers, save_picture
 from model import load_checkpoint, pick_device
-from prepare import load_data, make_parser
+from prepare import find_weights, load_data, make_parser, sha256_of
 
 NARROW = "--n_embd=32"
 BLOCKS = "--preset=arrows --n_loop_min=1 --n_loop=1"
@@ -130,7 +130,8 @@ def train_run(label, flags, places, rate, seed):
     flags = [*flags, f"--learning_rate={rate:g}", f"--seed={seed}"]
     args, *_ = train.get_args(flags)
     code = [(HERE.parent / name).read_text() for name in CODE]
-    key = json.dumps([vars(args), load_data(args.data_dir)[2], code]).encode()
+    weights = sha256_of(find_weights(args.init_from)) if args.init_from else None
+    key = json.dumps([vars(args), load_data(args.data_dir)[2], weights, code]).encode()
     folder = Path("out-study") / f"{args.n_layer}x{args.n_loop}-{sha256(key).hexdigest()[:12]}"
     path = folder / "result.json"
     done = path.exists()

@@ -73,6 +73,16 @@ def test_any_models_side_by_side_and_a_change_of_the_code_runs_them_again(data, 
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_other_weights_to_start_from_run_again(data, tmp_path):
+    flags = ["--max_steps=0", "--n_embd=16", data]
+    command = [SCRIPT, f"--init_from=out/ckpt.pt --max_steps=0 {data}", "--seeds=1"]
+    finish("train.py", *flags, cwd=tmp_path)
+    assert "from an earlier run" not in finish(*command, cwd=tmp_path)
+    assert "from an earlier run" in finish(*command, cwd=tmp_path)
+    finish("train.py", *flags, "--seed=1", cwd=tmp_path)
+    assert "from an earlier run" not in finish(*command, cwd=tmp_path)
+
+
 @pytest.mark.parametrize("flags", ["default --seed=5", "default --out_dir=x", "x", "default x"])
 def test_what_a_study_cannot_use_it_refuses(flags, tmp_path):
     err = finish(SCRIPT, *flags.split(), cwd=tmp_path, code=2)
