@@ -130,7 +130,7 @@ def peak_flops(device, dtype):
 
 
 def device_name(device):
-    """The name of a GPU. Of a CPU, what torch uses of it: its roundings and speeds hang on that."""
+    """The name of a GPU. Of a CPU, the instructions that torch uses: results differ with them."""
     if device.type == "cpu":
         return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -46,7 +46,7 @@ PRESETS = {
     "gpt2-45m": dict(n_layer=1, n_loop=1, **RECIPE),
     "gpt2-45m-loop": dict(n_layer=1, n_loop=2, **RECIPE),
     # A document of the puzzle has 69 tokens with its end, and only the answers can be predicted.
-    # Loops are drawn: answers then stay right a little longer in more loops than training took.
+    # Loops are drawn: answers then stay right for more loops than training has.
     # Dropout, and a rate that ends at 0, help to make each step exact.
     "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=8, n_loop_min=5, n_head=4,
                    n_embd=128, dropout=0.1, block_size=68, stride=69, score_after=">",
@@ -85,7 +85,7 @@ def make_flags():
     add("--n_head", type=positive, default=2, help="number of attention heads")
     add("--n_embd", type=positive, default=64, help="width of the model")
     add("--block_size", type=positive, default=128, help="length of the context in tokens")
-    add("--vocab_size", type=positive, help="number of tokens, as in the data; None: the data's")
+    add("--vocab_size", type=positive, help="number of tokens, which the data must have; None: any")
     add("--n_loop", type=positive, default=1, help="how often the looped blocks are applied")
     add("--n_loop_min", type=positive, help="draw each step's loops from here to n_loop")
     add("--loop_start", type=int, default=0, help="the first looped block")
@@ -388,8 +388,7 @@ def compile_blocks(model, **options):
     """Compile each block and the head, which do nearly all the work.
 
     One block's code serves every block at every loop: 6 blocks looped 6 times compile as fast as 6
-    blocks, and another n_loop compiles nothing. In the compiled head the softmax (B, T, V) never
-    exists in full.
+    blocks, and another n_loop compiles nothing.
     """
     torch._dynamo.config.optimize_ddp = False   # or DDP would cut a block in two
     for block in model.h:
@@ -398,7 +397,7 @@ def compile_blocks(model, **options):
 
 
 def join_processes(args):
-    """Return (device, rank, world). torchrun starts this process as one of world, python alone."""
+    """Return (device, rank, world): under torchrun this is process rank of world, else 0 of 1."""
     if not dist.is_torchelastic_launched():
         return pick_device(args.device), 0, 1
     local, name = int(os.environ["LOCAL_RANK"]), args.device
