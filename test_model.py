@@ -1232,7 +1232,7 @@ MISTAKES = [
     (train, "--score_after=~", "'~' is not a single byte token that data/val.bin has"),
     (train, "--data_dir=none", "no data in none: run python prepare.py --data_dir=none"),
     (train, "--preset=arrows", "no data in data-arrows: run python prepare.py arrows"),
-    (train, "--data_dir=data-addition/", "run python prepare.py addition --data_dir=data-addition/"),
+    (train, "--data_dir=data-addition/", "python prepare.py addition --data_dir=data-addition/"),
     (train, "--block_size=99999999", "use a smaller --block_size"),
     (train, "--preset=gpt2-45m --block_size=16", "data has 257 byte tokens, the model 50257"),
     (train, "--init_from=nowhere", "no file nowhere"),

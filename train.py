@@ -468,11 +468,13 @@ def start_folder(out, resumed):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"--out_dir={out} cannot be made ({error.strerror}): name another folder")
+    if resumed:
+        return
     log, checkpoint = out / "log.jsonl", out / "ckpt.pt"
-    if not resumed and not checkpoint.exists():
+    if not checkpoint.exists():
         log.unlink(missing_ok=True)     # of a run that saved no model, because it diverged, say
     for path in (log, checkpoint):
-        if path.exists() and not resumed:
+        if path.exists():
             old = path.with_suffix(f".old{path.suffix}")
             os.replace(path, old)
             print(f"{path} was there from an earlier run: it is {old} now", flush=True)
