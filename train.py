@@ -471,8 +471,8 @@ def start_folder(out, resumed):
     if resumed:
         return
     log, checkpoint = out / "log.jsonl", out / "ckpt.pt"
-    if not checkpoint.exists():
-        log.unlink(missing_ok=True)     # of a run that saved no model, because it diverged, say
+    if (out / "ckpt.old.pt").exists() and not checkpoint.exists():
+        log.unlink(missing_ok=True)     # of a run without a model: ckpt.old.pt keeps its own log
     for path in (log, checkpoint):
         if path.exists():
             old = path.with_suffix(f".old{path.suffix}")
