@@ -420,9 +420,11 @@ def load_checkpoint(path, device="cpu"):
             hint = f"{old} is an earlier run's, rename it and its log.old.jsonl to go on with it"
         sys.exit(f"no checkpoint {path}: {hint}")
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or "config" not in state:
+        sys.exit(f"{path} is not a checkpoint: name a ckpt.pt of train.py")
     try:
         config = GPTConfig(**state.pop("config"))
-    except (AttributeError, KeyError, TypeError, AssertionError) as error:
+    except (TypeError, AssertionError) as error:
         sys.exit(f"{path} is of other code, such as a fork ({error}): use that code")
     model = GPT(config)
     model.load_state_dict(state.pop("model"))

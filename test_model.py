@@ -695,7 +695,7 @@ def test_a_checkpoint_of_a_fork_says_so(tmp_path):
             load_checkpoint(tmp_path / "c.pt")
     for weights in (state["model"], torch.ones(2)):     # of something else
         torch.save(weights, tmp_path / "c.pt")
-        with pytest.raises(SystemExit, match="of other code, such as a fork"):
+        with pytest.raises(SystemExit, match="is not a checkpoint: name a ckpt.pt"):
             load_checkpoint(tmp_path / "c.pt")
     args = vars(get_args([]))
     without = {name: value for name, value in args.items() if name != "score_count"}

@@ -490,7 +490,8 @@ def train(args, model=None, state=None):
     if args.target_flops is not None:
         args.max_steps = max(1, round(args.target_flops / (flops * step_tokens)))
         if args.max_steps >= 2 ** 31:
-            sys.exit(f"--target_flops={args.target_flops:g} are {args.max_steps:g} steps: fewer")
+            sys.exit(f"--target_flops={args.target_flops:g} are {args.max_steps:g} steps: "
+                     "give a smaller one")
         args.target_flops = None  # a resumed run goes by max_steps
 
     # the model and its optimizers
