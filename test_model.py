@@ -36,9 +36,9 @@ import bench
 import prepare
 import sample
 import train
-from model import GPT, LOOP_ORDERS, RESIDUALS, GPTConfig, change_layout, flops_per_token, generate
-from model import KVCache, load_checkpoint, load_pretrained, next_logits, read_safetensors
-from model import sample_token, save_checkpoint
+from model import GPT, LOOP_ORDERS, RESIDUALS, GPTConfig, KVCache, attention, change_layout
+from model import flops_per_token, generate, load_checkpoint, load_pretrained, next_logits
+from model import read_safetensors, sample_token, save_checkpoint
 from prepare import EOT, get_tokenizer, load_data
 from train import PRESETS, get_batch, get_lr
 
@@ -459,6 +459,27 @@ def test_a_cached_token_costs_one_position_in_each_loop_it_takes():
         assert loops == [4] + [taken] * 11 + [4] * 2
 
 
+def test_decoding_in_bfloat16_stays_near_float32(monkeypatch):
+    """A bfloat16 is off by 2**-9 at most, and four blocks round their state 8 times."""
+    torch.manual_seed(0)
+    model, drawn, onednn = GPT(GPTConfig(16, 50, 4, 4, 256)).eval(), [], []
+    model.ln_f.register_forward_pre_hook(
+        lambda norm, args: onednn.append(torch.backends.mkldnn.enabled))
+    monkeypatch.setattr("model.sample_token",
+                        lambda logits, *_: drawn.append(logits) or some_tokens(1, 1))
+    for dtype in (torch.float32, torch.bfloat16):
+        complete(model.to(dtype), some_tokens(1, 5), 14)
+    for expected, logits in zip(drawn[:14], drawn[14:], strict=True):
+        assert 0 < (logits - expected).norm() / expected.norm() < 8 * 2 ** -9
+    # oneDNN may compute the prompt and the sliding window, but no single token
+    assert onednn == ([True] + [False] * 11 + [True] * 2) * 2
+    monkeypatch.undo()
+    model.ln_f.register_forward_pre_hook(lambda norm, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        complete(model, some_tokens(1, 1), 1)
+    assert torch.backends.mkldnn.enabled
+
+
 @torch.no_grad()
 @in_every_variant
 @in_every_layout
@@ -874,6 +895,11 @@ def test_bfloat16_stays_near_float32_and_sums_the_gradient_of_loops_in_float32()
         (g - gradients[0]).norm() / gradients[0].norm() for g in gradients)
     assert expected == 0 < error < 2 * 2 ** -9 and error < 0.75 * error_of_default
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=2 ** -9)
+    # attention is not rounded
+    q, k, v = torch.randn(3, 1, 2, 64, 32).bfloat16()
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    with ours:
+        assert torch.equal(attention(q, k, v, is_causal=True), expected)
 
 
 def test_flags_win_over_presets():
