@@ -44,6 +44,10 @@ def speed(flags):
         models = {name: [f"--preset={name}"] for name in train.PRESETS if name.startswith("gpt2")}
     else:
         models = {f"{name}, small": f"{SMALL} {layout}".split() for name, layout in LAYOUTS.items()}
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    dtype = pick_dtype(args.dtype, device, args.n_embd) if flags else "auto"
+    print(f"{device_name(device)}{threads}, torch {torch.__version__}, {dtype}\n"
+          "MFU: of the speed that a GPU's maker states, or else that one large product reaches")
     print(f"{'':<14} {'params':>8} {'MFLOPs/token':>12} {'start':>6} {'ms/step':>8} "
           f"{'tokens/s':>9} {'MFU':>4} {'memory':>8} {'decode':>8}", flush=True)
     for name, model_flags in models.items():
@@ -52,10 +56,6 @@ def speed(flags):
             command = [sys.executable, __file__, "measure", name, *model_flags]
             if subprocess.run(command, env=env).returncode:
                 sys.exit(f"{name} could not be measured, see above")
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    dtype = pick_dtype(args.dtype, device, args.n_embd)
-    print(f"device: {device_name(device)}{threads}, torch {torch.__version__}, "
-          f"{dtype if flags else 'auto'}")
 
 
 def measure(flags):
