@@ -205,8 +205,6 @@ def read_documents(path):
 
 
 LETTERS = "abcdefghijklmnopqrst"
-
-
 TRAINING_CHAINS = range(1, 6)   # lengths in letters: questions take 0 to 4 steps
 TEST_CHAINS = [10]              # two of ten: 0 to 9 steps, and a blind guess of an end has 50%
 
