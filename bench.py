@@ -39,14 +39,13 @@ def speed(flags):
     args, *_ = train.get_args(flags)  # a wrong flag, or --help, ends here
     device = pick_device(args.device)
     if flags:
-        models = {"these flags": flags}
+        models = {str(pick_dtype(args.dtype, device, args.n_embd)): flags}
     elif device.type == "cuda":
         models = {name: [f"--preset={name}"] for name in train.PRESETS if name.startswith("gpt2")}
     else:
         models = {f"{name}, small": f"{SMALL} {layout}".split() for name, layout in LAYOUTS.items()}
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    dtype = pick_dtype(args.dtype, device, args.n_embd) if flags else "auto"
-    print(f"{device_name(device)}{threads}, torch {torch.__version__}, {dtype}\n"
+    print(f"{device_name(device)}{threads}, torch {torch.__version__}\n"
           "MFU: of the speed that a GPU's maker states, or else that one large product reaches")
     print(f"{'':<14} {'params':>8} {'MFLOPs/token':>12} {'start':>6} {'ms/step':>8} "
           f"{'tokens/s':>9} {'MFU':>4} {'memory':>8} {'decode':>8}", flush=True)

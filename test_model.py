@@ -1171,7 +1171,8 @@ def test_bench_measures_what_its_flags_describe(tmp_path):
     device, limit, head, row = out.splitlines()
     assert device.startswith(f"cpu ({torch.backends.cpu.get_cpu_capability()}), ")
     assert limit.startswith("MFU: of ") and head.split()[:2] == ["params", "MFLOPs/token"]
-    params, flops, start_s, step_ms, rate, mfu, memory, decode = row.split()[2:]
+    dtype, params, flops, start_s, step_ms, rate, mfu, memory, decode = row.split()
+    assert dtype == "torch.float32"     # auto, for a model of this width
     assert params == f"{sum(p.numel() for p in GPT(config).parameters()) / 1e6:.2f}M"
     assert flops == f"{flops_per_token(config) / 1e6:.1f}" and 0 < int(mfu.strip("%")) < 100
     assert float(rate.replace(",", "")) * float(step_ms) / 1e3 == pytest.approx(8 * 32, rel=0.05)
