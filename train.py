@@ -48,7 +48,7 @@ PRESETS = {
     # A document of the puzzle has 69 tokens with its end, and only the answers can be predicted.
     # Loops are drawn: answers then stay right for more loops than training has.
     # Dropout, and a rate that ends at 0, help to make each step exact.
-    "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=8, n_loop_min=5, n_head=4,
+    "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=10, n_loop_min=6, n_head=4,
                    n_embd=128, dropout=0.1, block_size=68, stride=69, score_after=">",
                    hide_answers=True, max_steps=2500, learning_rate=2e-3, min_lr=0.0),
 }

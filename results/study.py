@@ -36,6 +36,7 @@ from prepare import find_weights, load_data, make_parser, sha256_of
 
 NARROW = "--n_embd=32"
 BLOCKS = "--preset=arrows --n_loop_min=1 --n_loop=1"
+FIVE_TO_EIGHT = "--preset=arrows --n_loop_min=5 --n_loop=8"
 SHORT = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
          "--eval_iters=640 --eval_interval=10000")
 CODE = ("model.py", "train.py", "prepare.py", "bench.py")
@@ -91,10 +92,11 @@ EXPERIMENTS = {
         "six blocks": f"{BLOCKS} --n_layer=6 --learning_rate=1e-3 --compute_of='the loop'",
     },
     "arrows-controls": {    # the loop with one thing changed, and models without a loop
-        "no dropout": "--preset=arrows --dropout=0",
-        "no gates": "--preset=arrows --residual=sum",
+        "5 to 8 loops": FIVE_TO_EIGHT,
+        "no dropout": f"{FIVE_TO_EIGHT} --dropout=0",
+        "no gates": f"{FIVE_TO_EIGHT} --residual=sum",
         "six loops in every step":
-            "--preset=arrows --n_loop=6 --n_loop_min=6 --compute_of='no dropout'",
+            f"{FIVE_TO_EIGHT} --n_loop=6 --n_loop_min=6 --compute_of='no dropout'",
         "six blocks, no dropout": f"{BLOCKS} --n_layer=6 --dropout=0 --compute_of='no dropout'",
         "one forward pass": f"{BLOCKS} --compute_of='no dropout'",
     },

@@ -110,9 +110,9 @@ def training_flops(flags):
 
 def test_experiments_of_equal_compute_have_equal_compute(data):
     all_of = study.EXPERIMENTS
-    puzzle = all_of["arrows"] | all_of["arrows-controls"]
+    puzzle, controls = all_of["arrows"], all_of["arrows-controls"]
     default = ["6 loops", "1 loop, compute of 6", "4 loops, compute of 6"]
-    for texts, equal in ((all_of["default"], default), (puzzle, puzzle),
+    for texts, equal in ((all_of["default"], default), (puzzle, puzzle), (controls, controls),
                          (all_of["pairs"], ["2 blocks x 3", "4 blocks, compute of 2 x 3"])):
         models = study.get_models(texts, [data])
         costs = [training_flops(models[label]) for label in equal]
