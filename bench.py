@@ -46,7 +46,7 @@ def speed(flags):
         models = {f"{name}, small": f"{SMALL} {layout}".split() for name, layout in LAYOUTS.items()}
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"{device_name(device)}{threads}, torch {torch.__version__}\n"
-          "MFU: of the speed that a GPU's maker states, or else that one large product reaches")
+          "MFU: the share of what a GPU's maker states, else of what one large product reaches")
     print(f"{'':<14} {'params':>8} {'MFLOPs/token':>12} {'start':>6} {'ms/step':>8} "
           f"{'tokens/s':>9} {'MFU':>4} {'memory':>8} {'decode':>8}", flush=True)
     for name, model_flags in models.items():

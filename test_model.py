@@ -1170,7 +1170,7 @@ def test_bench_measures_what_its_flags_describe(tmp_path):
     config = GPTConfig(32, 257, 3, 2, 32, n_loop=4, loop_start=1)
     device, limit, head, row = out.splitlines()
     assert device.startswith(f"cpu ({torch.backends.cpu.get_cpu_capability()}), ")
-    assert limit.startswith("MFU: of ") and head.split()[:2] == ["params", "MFLOPs/token"]
+    assert limit.startswith("MFU: ") and head.split()[:2] == ["params", "MFLOPs/token"]
     dtype, params, flops, start_s, step_ms, rate, mfu, memory, decode = row.split()
     assert dtype == "torch.float32"     # auto, for a model of this width
     assert params == f"{sum(p.numel() for p in GPT(config).parameters()) / 1e6:.2f}M"

@@ -87,7 +87,7 @@ EXPERIMENTS = {
         "1 block x 2, no gate": f"--preset=gpt2-45m-loop --residual=sum {SHORT}",
         "2 blocks": f"--preset=gpt2-45m --n_layer=2 {SHORT}",
     },
-    "arrows": {     # the puzzle, with and without a loop, where a lower rate is better
+    "arrows": {     # the puzzle with a loop, and without one, which learns best at a lower rate
         "the loop": "--preset=arrows",
         "six blocks": f"{BLOCKS} --n_layer=6 --learning_rate=1e-3 --compute_of='the loop'",
     },
