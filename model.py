@@ -397,7 +397,7 @@ def pick_dtype(name, device, n_embd):
 
     bfloat16 is faster where the hardware computes in it. On a CPU the model must be at least 256
     wide, where a step with AdamW takes 0.6 of the time and a new token half of it. Narrower models
-    gain less, and the puzzle must be exact.
+    gain less, and the puzzle, which must be exact, is 128 wide.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -406,7 +406,7 @@ def pick_dtype(name, device, n_embd):
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu" and n_embd >= 256:
         found = torch.cpu.get_capabilities()
-        faster = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        faster = any(found.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if faster else torch.float32
 
 
