@@ -5,16 +5,11 @@ What a model costs, and what its loops gain.
     python bench.py speed --preset=gpt2-81m-loop    one model, by any flags of train.py
     python bench.py loops --out_dir=out-arrows      what each loop gains on the puzzle
 
-speed measures each model in a process of its own, with nothing compiled before. start is the time
-until the first step is done, the other times are medians. memory is how much training raises that
-process's peak. MFU, the model FLOPs utilization, is the share of what a GPU's maker states, or of
-what one large matrix product reaches here. decode is in tokens per second.
+Times are medians. MFU, the model FLOPs utilization, is the share of what a GPU's maker states, or
+of what one large matrix product reaches here. memory is the most that a step holds on a GPU. decode
+is the speed of writing a text.
 """
-import math
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -23,9 +18,8 @@ import numpy as np
 import torch
 
 import train
-from model import GPT, KVCache, flops_per_token, generate, load_checkpoint, next_logits
-from model import pick_device, pick_dtype
-from prepare import LETTERS, TEST_CHAINS, follow, make_arrows, make_parser, read_map
+from model import GPT, flops_per_token, generate, load_checkpoint, pick_device, pick_dtype
+from prepare import LETTERS, PUZZLES, TEST_CHAINS, follow, make_arrows, make_parser, read_map
 
 # ---- speed: what a model costs ----
 
@@ -47,49 +41,49 @@ def speed(flags):
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"{device_name(device)}{threads}, torch {torch.__version__}\n"
           "MFU: the share of what a GPU's maker states, else of what one large product reaches")
-    print(f"{'':<14} {'params':>8} {'MFLOPs/token':>12} {'start':>6} {'ms/step':>8} "
-          f"{'tokens/s':>9} {'MFU':>4} {'memory':>8} {'decode':>8}", flush=True)
+    print(f"{'':<14} {'params':>8} {'MFLOPs/token':>12} {'ms/step':>8} {'tokens/s':>9} {'MFU':>4} "
+          f"{'memory':>8} {'decode':>14}", flush=True)
     for name, model_flags in models.items():
-        with tempfile.TemporaryDirectory() as empty:  # nothing compiled before
-            env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
-            command = [sys.executable, __file__, "measure", name, *model_flags]
-            if subprocess.run(command, env=env).returncode:
-                sys.exit(f"{name} could not be measured, see above")
+        measure(name, model_flags)
 
 
-def measure(flags):
+def measure(name, flags):
     """Print one row of the table: batch_size sequences a step, then decoding."""
-    name, *flags = flags
     args, *_ = train.get_args(flags)
     device = pick_device(args.device)
-    if device.type == "cuda":
+    on_cuda = device.type == "cuda"
+    if on_cuda:
         torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats()
     config = train.get_config(args, 257)    # tokens: GPT-2's in its presets, else bytes
     torch.manual_seed(args.seed)
     x, y = torch.randint(config.vocab_size, (2, args.batch_size, args.block_size), device=device)
-    memory_before, began = peak_memory(device), time.perf_counter()
     model = GPT(config).to(device)
     optimizers = train.configure_optimizers(model, args)
+    torch._dynamo.reset()   # each model compiles anew
     autocast, dtype = train.use_machine(model, args, device)
     step = partial(train.train_step, model, optimizers, x, y, args, autocast)
-    time_of(step, device)
-    start = time.perf_counter() - began
+    time_of(step, device)   # compiles
     count = max(5, min(50, int(10 / time_of(step, device))))    # about ten seconds
     step_time = np.median([time_of(step, device) for _ in range(count)])
-    memory = peak_memory(device) - memory_before
+    memory = f"{torch.cuda.max_memory_allocated() / 1e6:,.0f}MB" if on_cuda else ""
+    decode = decoding_speed(GPT(config).to(device, dtype).eval(), x[:1], device)
 
-    # decoding: not compiled, half of the context as a prompt
-    plain = GPT(config).to(device, dtype).eval()
-    count = min(128, args.block_size // 2)
-    tokens = generate(plain, x[:1, :args.block_size // 2], count)
-    next(tokens)  # reads the prompt
-    token_time = np.median([time_of(partial(next, tokens), device) for _ in range(count - 1)])
-
-    params, flops = sum(p.numel() for p in model.parameters()), flops_per_token(config)
+    params = sum(p.numel() for p in model.parameters())
+    flops = flops_per_token(config)
     mfu = x.numel() / step_time * flops / peak_flops(device, dtype)
-    print(f"{name:<14} {params / 1e6:7.2f}M {flops / 1e6:12,.1f} {start:5.1f}s "
-          f"{step_time * 1e3:8,.1f} {x.numel() / step_time:9,.0f} {mfu:4.0%} "
-          f"{memory / 1e6:6,.0f}MB {1 / token_time:6,.0f}/s", flush=True)
+    print(f"{name:<14} {params / 1e6:7.2f}M {flops / 1e6:12,.1f} {step_time * 1e3:8,.1f} "
+          f"{x.numel() / step_time:9,.0f} {mfu:4.0%} {memory:>8} {decode:6,.0f} tokens/s",
+          flush=True)
+
+
+def decoding_speed(model, idx, device):
+    """New tokens per second after half a context, of idx (1, T). Nothing is compiled."""
+    half = max(1, idx.size(1) // 2)
+    count = min(128, half)
+    tokens = generate(model, idx[:, :half], count + 1)
+    next(tokens)    # reads the prompt
+    return 1 / np.median([time_of(partial(next, tokens), device) for _ in range(count)])
 
 
 def time_of(work, device):
@@ -100,18 +94,6 @@ def time_of(work, device):
     work()
     module.synchronize()
     return time.perf_counter() - began
-
-
-def peak_memory(device):
-    """The most bytes that were in use so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_flops(device, dtype):
@@ -138,6 +120,7 @@ def device_name(device):
 # ---- loops: what each loop of a checkpoint gains ----
 
 TEST, VALIDATION = 1, 2     # seeds of maps: TEST is reported, study.py chooses by VALIDATION
+SCORING = PUZZLES["arrows"]["scoring"]
 
 
 def loops(flags):
@@ -148,8 +131,7 @@ def loops(flags):
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps")
     args = parser.parse_args(flags)
     model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt", pick_device(args.device))
-    if (state["data"]["dataset"] != "arrows" or not state["args"]["hide_answers"]
-            or model.config.block_size < 67):
+    if state["data"].get("puzzle") != SCORING or model.config.block_size < 67:
         sys.exit(f"the model in {args.out_dir} was not trained by --preset=arrows: see its loops "
                  f"with python sample.py --show_loops --out_dir={args.out_dir}")
     print_walks(model.eval())
@@ -175,7 +157,7 @@ def questions(count, seed):
     """Questions about new maps: inputs and targets (count, 67), steps to answers (count, 16)."""
     texts = list(make_arrows(count, TEST_CHAINS, seed))
     rows = torch.tensor([list(text.encode()) for text in texts])
-    x, y = train.inputs_and_targets(rows, torch.device("cpu"), ord(">"), hide=True)
+    x, y = train.inputs_and_targets(rows, torch.device("cpu"), SCORING)
     steps = [[len(follow(read_map(text), letter)) - 1 for letter in text[20::3]] for text in texts]
     return x, y, torch.tensor(steps)
 
@@ -193,19 +175,16 @@ def right_answers(model, n_loop, seed=TEST):
     return [[one[steps == number].float().mean().item() for number in range(10)] for one in right]
 
 
-@torch.no_grad()
 def loops_to_settle(model, exit_kl=0.01, n_loop=12):
-    """The mean number of loops that sample.py's early exit takes for answers of 0 .. 9 steps."""
-    x, _, steps = questions(50, TEST)
-    taken = []
-    for document in x.to(model.wte.weight.device):
-        cache = KVCache(len(document))
-        for idx in (document[:20], *document[20:].split(1)):    # the map, then token by token
-            _, n = next_logits(model, idx[None], n_loop, cache, exit_kl)
-            cache.length += len(idx)
-            taken.append(n)
-    taken = torch.tensor(taken).view(len(x), -1)[:, 2::3].double()      # at a letter's >
-    return [taken[steps == number].mean().item() for number in range(10)]
+    """The mean number of loops that sample.py --exit_kl takes for answers of 0 .. 9 steps."""
+    taken = [[] for _ in range(10)]
+    for text in make_arrows(50, TEST_CHAINS, TEST):
+        for letter in text[20::3]:
+            idx = torch.tensor([[*f"{text[:20]}{letter}>".encode()]])
+            idx = idx.to(model.wte.weight.device)
+            _, n = next(generate(model, idx, 1, n_loop=n_loop, exit_kl=exit_kl))
+            taken[len(follow(read_map(text), letter)) - 1].append(n)
+    return [np.mean(each) for each in taken]
 
 
 def print_answers(rows):
@@ -245,7 +224,7 @@ def save_picture(path, draw, *args):
 
 def main():
     command, *flags = sys.argv[1:] or ["speed"]
-    commands = {"speed": speed, "measure": measure, "loops": loops}
+    commands = {"speed": speed, "loops": loops}
     if command in ("-h", "--help"):
         return print(__doc__)
     if command not in commands:

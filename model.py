@@ -22,7 +22,6 @@ import json
 import math
 import os
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 RESIDUALS = ("gated", "sum", "mean", "outer")    # the variants of the equation, see GPT.loop
+NOT_GPT2 = {"outer"}                            # with one loop, the others are GPT-2
 LOOP_ORDERS = ("stack", "block")                # see GPT.states
 
 
@@ -74,7 +74,7 @@ class KVCache:
 
     def __init__(self, max_length):
         self.max_length = max_length
-        self.length = 0     # positions in every entry; who calls the model counts them
+        self.length = 0     # positions in every entry; the caller advances it
         self.slot = None    # the (loop, block) that computes now; GPT.blocks sets it
         self.entries = {}   # (loop, block): (2, B, nh, max_length, hs)
 
@@ -92,11 +92,13 @@ class KVCache:
         return entry[:, :, :, :end]
 
     def skip(self, n, N, blocks):
-        """Give the skipped loops n + 1 .. N - 1 the newest position's keys and values of loop n."""
+        """Give the skipped loops n + 1 .. N the newest position's keys and values of loop n."""
         for i in blocks:
-            last = self.entries[n, i][:, :, :, self.length]
-            for skipped in range(n + 1, N):
-                self.entries[skipped, i][:, :, :, self.length] = last
+            last = self.entries[n, i]
+            for skipped in range(n + 1, N + 1):
+                if (skipped, i) not in self.entries:
+                    self.entries[skipped, i] = torch.empty_like(last)
+                self.entries[skipped, i][:, :, :, self.length] = last[:, :, :, self.length]
 
 
 class CausalSelfAttention(nn.Module):
@@ -117,21 +119,9 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.update(k, v)              # of all S >= T positions: (B, nh, S, hs)
         dropout = self.dropout if self.training else 0.0
         # T > 1 means no cache or an empty one, see update: the mask is T x T. T = 1 sees all S
-        y = attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)     # (B, nh, T, hs) -> (B, T, C), heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)
-
-
-def attention(q, k, v, **options):
-    """Queries (B, nh, T, hs), keys and values (B, nh, S, hs) -> (B, nh, T, hs).
-
-    When a CPU trains in bfloat16, this part computes in float32: torch's backward of attention in
-    bfloat16 takes three times as long for 128 positions.
-    """
-    if not torch.is_autocast_enabled("cpu"):
-        return F.scaled_dot_product_attention(q, k, v, **options)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
 
 
 class MLP(nn.Module):
@@ -211,7 +201,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, n_loop=None):
         """Tokens idx (B, T) -> logits (B, T, V), or with targets (B, T) the loss, ()."""
         for state in self.states(idx, n_loop):
-            x = state   # the last one counts
+            x = state   # keep only the last state
         return self.logits(x) if targets is None else self.loss(x, targets)
 
     def states(self, idx, n_loop=None, cache=None):
@@ -227,8 +217,8 @@ class GPT(nn.Module):
         x = self.blocks(0, self.config.loop_start, x, cache)
         for group in range(len(self.groups)):
             x0 = x
-            for n in range(N):
-                if self.checkpoint_loops and torch.is_grad_enabled() and n < N - 1:
+            for n in range(1, N + 1):
+                if self.checkpoint_loops and torch.is_grad_enabled() and n < N:
                     x = checkpoint(self.loop, x, x0, group, n, N, cache, use_reentrant=False)
                 else:
                     x = self.loop(x, x0, group, n, N, cache)
@@ -236,7 +226,7 @@ class GPT(nn.Module):
                     yield x
 
     def loop(self, x, x0, group, n, N, cache=None):
-        """Loop n of N, counted from 0, through a group of blocks: (B, T, C) -> (B, T, C).
+        """Loop n of 1 .. N through a group of blocks: (B, T, C) -> (B, T, C).
 
         The group computes blocks(x) = x + g(x). The reviews of the paper leave open whether its f
         is g or blocks. In gated, sum and mean it is g, in outer it is blocks. x0 is the state
@@ -246,16 +236,15 @@ class GPT(nn.Module):
         y = self.blocks(start, end, x, cache, n)    # y = x + g(x)
         residual = self.config.residual
         if residual == "gated" and self.gates is not None:
-            last = self.config.n_loop - 1           # more loops use the last gate again
-            a = self.gates[group, min(n, last)]     # (C,)
+            last = self.config.n_loop               # more loops use the last gate again
+            a = self.gates[group, min(n, last) - 1]     # (C,)
             return x.lerp(y, a)                     # x + a * g(x), exact at a = 0 and a = 1
         if residual in ("sum", "gated"):            # a model of one loop has no gates
             return y                                # x + g(x)
         if residual == "mean":
             return x.lerp(y, 1 / N)                 # x + g(x) / N
-        if residual == "outer":
-            return x + y                            # x + blocks(x)
-        raise NotImplementedError(f"GPT.loop has no equation for residual={residual}")
+        assert residual == "outer", f"GPT.loop has no equation for residual={residual}"
+        return x + y                                # x + blocks(x)
 
     def embed(self, idx, start=0):
         """Tokens idx (B, T), the first of them at position start -> x(0), (B, T, C)."""
@@ -264,7 +253,7 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe.weight[start:end]
         return F.dropout(x, self.config.dropout, self.training)
 
-    def blocks(self, start, end, x, cache=None, n=0):
+    def blocks(self, start, end, x, cache=None, n=1):
         """Send a state (B, T, C) through h[start:end]. n tells the cache which loop this is."""
         for i in range(start, end):
             if cache is not None:
@@ -302,23 +291,28 @@ class GPT(nn.Module):
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None, exit_kl=None):
     """Continue idx (B, T >= 1): yield each new token (B, 1), and how many loops it took.
 
-    The model sees the last block_size tokens. GPT-2's positions are absolute: once the window
-    slides, every token in it has a new position. From then on nothing is cached or skipped.
+    The prompt but its last token is read with all loops. From there on each token may stop early,
+    see next_logits. The model sees the last block_size tokens. GPT-2's positions are absolute: once
+    the window slides, every token in it has a new position. Then nothing is cached or skipped.
     """
     N = model.config.n_loop if n_loop is None else n_loop
     block_size = model.config.block_size
-    cache = KVCache(block_size)
-    new = idx
+    cache, new = KVCache(block_size), idx
+    if 1 < idx.size(1) <= block_size:
+        next_logits(model, idx[:, :-1], N, cache)   # the prompt but its last token, with all loops
+        cache.length, new = idx.size(1) - 1, idx[:, -1:]
     for _ in range(max_new_tokens):
         if idx.size(1) > block_size:
             cache, new = None, idx[:, -block_size:]
-        try:    # for one token, oneDNN takes longer to repack a bfloat16 matrix than to multiply
-            torch.backends.mkldnn.enabled = new.numel() > 1
+        onednn = torch.backends.mkldnn.enabled
+        if new.numel() == 1 and model.wte.weight.dtype == torch.bfloat16:
+            torch.backends.mkldnn.enabled = False   # it takes longer to repack a matrix than to
+        try:                                        # multiply one token by it
             logits, loops = next_logits(model, new, N, cache, exit_kl)
         finally:
-            torch.backends.mkldnn.enabled = True
+            torch.backends.mkldnn.enabled = onednn
         if cache is not None:
-            cache.length += new.size(1)
+            cache.length += 1
         new = sample_token(logits[:, -1].float(), temperature, top_k)
         idx = torch.cat((idx, new), dim=1)
         yield new, loops
@@ -327,12 +321,11 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=Non
 def next_logits(model, idx, N, cache=None, exit_kl=None):
     """Return the logits (B, 1, V) after idx (B, T), and the number of loops taken: N, or fewer.
 
-    With exit_kl, a single new token stops looping once KL(p(n) || p(n-1)) < exit_kl for the
-    predictions p after loop n and the one before. A prompt takes all N. Skipped loops get the keys
-    and values of the last one taken. With loop_order="block" only the loops of the last block can
-    be skipped.
+    With a cache and exit_kl, a single token stops looping once KL(p(n) || p(n-1)) < exit_kl for the
+    predictions p after loop n and the one before. Skipped loops get the keys and values of the last
+    one taken. With loop_order="block" only the loops of the last block can be skipped.
     """
-    may_exit = exit_kl is not None and cache is not None and cache.length > 0
+    may_exit = exit_kl is not None and cache is not None
     last_log_p = None
     for n, x in enumerate(model.states(idx, N, cache), start=1):
         if n < N and not may_exit:
@@ -344,7 +337,7 @@ def next_logits(model, idx, N, cache=None, exit_kl=None):
             if n > 1:
                 kl = F.kl_div(last_log_p, log_p, reduction="none", log_target=True).sum(-1)
                 if kl.max().clamp(min=0) < exit_kl:     # rounding can make it negative
-                    cache.skip(n - 1, N, range(*model.groups[-1]))
+                    cache.skip(n, N, range(*model.groups[-1]))
                     break
             last_log_p = log_p
     return logits, n
@@ -354,13 +347,14 @@ def sample_token(logits, temperature, top_k=None):
     """Draw one token for each row of logits, among the top_k likeliest: (B, V) -> (B, 1)."""
     if temperature < 1e-5:  # 0, or nearly: the division would overflow
         return logits.argmax(-1, keepdim=True)
+    tokens = None           # None: all, in their order
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        logits, tokens = logits.topk(min(top_k, logits.size(-1)))
     probs = (logits / temperature).softmax(-1)
     if probs.device.type == "mps":  # where multinomial of torch 2.13 draws impossible tokens
         probs = probs.cpu()
-    return torch.multinomial(probs, num_samples=1).to(logits.device)
+    drawn = torch.multinomial(probs, num_samples=1).to(logits.device)
+    return drawn if tokens is None else tokens.gather(-1, drawn)
 
 
 # ---- what the scripts share ----
@@ -405,8 +399,9 @@ def pick_dtype(name, device, n_embd):
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu" and n_embd >= 256:
-        found = torch.cpu.get_capabilities()
-        faster = any(found.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+        has = torch.cpu.get_capabilities()      # the processor's; torch may be told to use less
+        on_x86 = has.get("avx512_bf16") or has.get("amx_bf16")
+        faster = has.get("bf16") or (on_x86 and torch.backends.cpu.get_cpu_capability() == "AVX512")
     return torch.bfloat16 if faster else torch.float32
 
 
@@ -417,11 +412,6 @@ def save_checkpoint(path, model, **state):
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     torch.save(state | {"config": asdict(model.config), "model": model.state_dict()}, part)
-    for _ in range(20):
-        try:
-            return os.replace(part, path)
-        except PermissionError:  # on Windows, while another process reads path
-            time.sleep(0.1)
     os.replace(part, path)
 
 
@@ -430,20 +420,12 @@ def load_checkpoint(path, device="cpu"):
 
     Only tensors and plain values are loaded: no code in the file is ever run.
     """
-    path, old = Path(path), Path(path).with_suffix(".old.pt")
-    if not path.is_file():
-        hint = "train one with python train.py"
-        if old.is_file():
-            hint = f"{old} is an earlier run's, rename it and its log.old.jsonl to go on with it"
-        sys.exit(f"no checkpoint {path}: {hint}")
+    if not Path(path).is_file():
+        sys.exit(f"no checkpoint {path}: train one with python train.py")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "config" not in state:
         sys.exit(f"{path} is not a checkpoint: name a ckpt.pt of train.py")
-    try:
-        config = GPTConfig(**state.pop("config"))
-    except (TypeError, AssertionError) as error:
-        sys.exit(f"{path} is of other code, such as a fork ({error}): use that code")
-    model = GPT(config)
+    model = GPT(GPTConfig(**state.pop("config")))
     model.load_state_dict(state.pop("model"))
     return model.to(device), state
 

@@ -11,9 +11,9 @@ Every source is a stream of documents, and every document goes the same way:
 
     documents -> train or val -> tokens, on all cores -> train.bin, val.bin
 
-A file is one document, or several with <|endoftext|> between them. 200 documents at a time must fit
-in memory, a source need not. What data/ held is replaced at the end, when all has been written.
-Downloads are kept in ~/.cache/loop-gpt2: after an interruption the same command completes them.
+A file is one document, or several with <|endoftext|> between them. A source may be larger than
+memory, a file not. What data/ held is replaced at the end, when all has been written. Downloads are
+kept in ~/.cache/loop-gpt2: after an interruption the same command completes them.
 """
 import argparse
 import hashlib
@@ -34,8 +34,6 @@ from pathlib import Path
 import numpy as np
 import requests
 import tiktoken
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 EOT = "<|endoftext|>"
 TOKENIZERS = ("byte", "gpt2")
@@ -80,11 +78,9 @@ def token_stream(source, tokenizer, shards):
     if source == "openwebtext":
         documents = read_openwebtext(shards or 21)
         one_in = 2000   # 0.05% for validation, as in nanoGPT
-    elif source in PUZZLES:
-        make, count = PUZZLES[source]
-        documents, one_in = make(count), 10
     else:
-        documents, one_in = read_files(source), 10
+        documents = make_puzzles(source) if source in PUZZLES else read_files(source)
+        one_in = 10
     encode = partial(tokenizer.encode_to_numpy, allowed_special={EOT})
     pairs = split_documents(documents, one_in)
     with ThreadPool() as pool:  # threads suffice, because tiktoken releases Python's lock
@@ -100,30 +96,32 @@ def write_data(folder, source, tokenizer, shards):
     They are written beside and renamed, meta.json last. So a failure leaves the old files, and a
     training that reads them goes on. Exits if a split has too little text.
     """
-    lengths = np.zeros(tokenizer.n_vocab, np.uint8)     # of each token in bytes; EOT is no text
-    for i in range(tokenizer.eot_token):
-        lengths[i] = len(tokenizer.decode_single_token_bytes(i))
     meta = {"dataset": source, "tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab}
-    meta |= {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"--data_dir={folder} cannot be made ({error.strerror}): name another folder")
+    if source in PUZZLES:
+        meta["puzzle"] = PUZZLES[source]["scoring"]
+    make_folder(folder, "--data_dir")
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as beside:
         paths = {split: Path(beside, f"{split}.bin") for split in SPLITS}
         with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
             for split, ids in token_stream(source, tokenizer, shards):
                 (train if split == "train" else val).write(ids.tobytes())
-                meta[split]["tokens"] += len(ids)
-                meta[split]["bytes"] += int(lengths[ids].sum())
         for split, path in paths.items():
-            if meta[split]["tokens"] < 2:
+            tokens = path.stat().st_size // 2   # of two bytes each
+            if tokens < 2:
                 sys.exit(f"{source} has too little text for {path.name}: name a longer source")
-            meta[split]["sha256"] = sha256_of(path)
+            meta[split] = {"tokens": tokens, "sha256": sha256_of(path)}
         Path(beside, "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         for name in ("train.bin", "val.bin", "meta.json"):
             os.replace(Path(beside, name), folder / name)
     return meta
+
+
+def make_folder(folder, flag):
+    """Make a folder and those above it. Exits if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"{flag}={folder} cannot be made ({error.strerror}): name another folder")
 
 
 def load_data(data_dir):
@@ -168,11 +166,13 @@ def read_files(source):
     files, left_out = find_files(source), []
     for path in files:
         try:
-            check_text(path)
-        except (OSError, UnicodeError) as error:
+            text = path.read_bytes().decode()
+            if "\0" in text:
+                raise ValueError(f"zero byte at {text.index(chr(0))}")
+        except (OSError, ValueError) as error:
             left_out.append(f"{path} ({error})")
         else:
-            yield from read_documents(path)
+            yield from text.split(EOT)
     if left_out and len(files) == 1:
         sys.exit(f"cannot read {left_out[0]}: name a file of UTF-8 text")
     if left_out:
@@ -180,33 +180,31 @@ def read_files(source):
               f"be read, the first: {left_out[0]}", file=sys.stderr)
 
 
-def check_text(path):
-    """Raise UnicodeError, with the position, if a file is not UTF-8 text; OSError if unreadable."""
-    begin = 0
-    with open(path, "rb") as file:
-        for line in file:   # in UTF-8 a newline is never a part of another character
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                raise UnicodeError(f"{error.reason} at {begin + error.start:,}") from None
-            if b"\0" in line:
-                raise UnicodeError(f"zero byte at {begin + line.index(0):,}")
-            begin += len(line)
+def read_openwebtext(shards):
+    """Yield the documents of its tars, which hold .xz files that are tars of .txt files."""
+    for i in range(shards):
+        path = download(OPENWEBTEXT.format(i))
+        print(f"reading {path.name}, {i + 1} of {shards}", file=sys.stderr)
+        if not tarfile.is_tarfile(path):    # a login page, say
+            path.unlink()
+            sys.exit(f"{OPENWEBTEXT.format(i)} gave something that is no tar: it is deleted, run "
+                     "the same command again")
+        with tarfile.open(path, "r:") as subset:
+            for member in subset:
+                if not member.isfile() or not member.name.endswith(".xz"):
+                    continue
+                with tarfile.open(fileobj=subset.extractfile(member), mode="r:xz") as archive:
+                    for document in archive:
+                        if document.isfile() and document.name.endswith(".txt"):
+                            text = archive.extractfile(document).read().decode()
+                            yield re.sub("\n\n\n+", "\n\n", text).strip()   # as published
 
 
-def read_documents(path):
-    """Yield what stands between the EOTs of a text file."""
-    rest = ""  # the start of a document that goes on in the next block
-    with open(path, encoding="utf-8", newline="") as file:
-        while block := file.read(1 << 24):
-            *documents, rest = (rest + block).split(EOT)
-            yield from documents
-    yield rest
-
+# ---- puzzles ----
 
 LETTERS = "abcdefghijklmnopqrst"
 TRAINING_CHAINS = range(1, 6)   # lengths in letters: questions take 0 to 4 steps
-TEST_CHAINS = [10]              # two of ten: 0 to 9 steps, and a blind guess of an end has 50%
+TEST_CHAINS = [10]              # two of ten: 0 to 9 steps; guessing one of the ends is half right
 
 
 def chain_map(rng, lengths):
@@ -239,9 +237,10 @@ def follow(points_to, letter):
 def make_arrows(count, lengths=TRAINING_CHAINS, seed=0):
     """Yield puzzles of 68 characters: a map of 20 letters, then 16 questions about it.
 
-    The map says to which letter a, b, .. t point, in this order. An arrow points forward in the
-    alphabet, or back to its own letter, which is an end. The question c>i: follow the arrows from
-    c, they end at i. How many steps that takes, the text does not say. No letter is asked twice.
+    The first letter of the map says where `a` points, the second where `b` points, and so on. An
+    arrow points forward in the alphabet, or back to its own letter, which is an end. The question
+    c>i: follow the arrows from c, they end at i. How many steps that takes, the text does not say.
+    No letter is asked twice.
     """
     rng = random.Random(seed)
     for _ in range(count):
@@ -258,28 +257,27 @@ def make_additions(count, seed=0):
         yield f"{a:03}+{b:03}={a + b:04}"
 
 
-# {name: (generator, number of documents)}. A puzzle's tokens go to data-{name}.
-PUZZLES = {"arrows": (make_arrows, 100_000), "addition": (make_additions, 100_000)}
+# A puzzle's tokens go to data-{name}. Its scoring, which meta.json keeps, says in bytes how long a
+# document is with its EOT, after which character an answer stands, and how long that is. Only
+# answers are predicted. A hidden answer is not shown to the model either, so that none can be
+# copied from an earlier one. It must be of one byte: sample.py shows the model what it has written,
+# and to write a second byte, a model must have seen the first in training.
+PUZZLES = {
+    "arrows": {"make": make_arrows, "count": 100_000, "scoring": {
+        "document_length": 69, "answer_after": ">", "answer_length": 1, "hide_answers": True}},
+    "addition": {"make": make_additions, "count": 100_000, "scoring": {
+        "document_length": 13, "answer_after": "=", "answer_length": 4, "hide_answers": False}},
+}
 
 
-def read_openwebtext(shards):
-    """Yield the documents of its tars, which hold .xz files that are tars of .txt files."""
-    for i in range(shards):
-        path = download(OPENWEBTEXT.format(i))
-        print(f"reading {path.name}, {i + 1} of {shards}", file=sys.stderr)
-        if not tarfile.is_tarfile(path):    # a login page, say
-            path.unlink()
-            sys.exit(f"{OPENWEBTEXT.format(i)} gave something that is no tar: it is deleted, run "
-                     "the same command again")
-        with tarfile.open(path, "r:") as subset:
-            for member in subset:
-                if not member.isfile() or not member.name.endswith(".xz"):
-                    continue
-                with tarfile.open(fileobj=subset.extractfile(member), mode="r:xz") as archive:
-                    for document in archive:
-                        if document.isfile() and document.name.endswith(".txt"):
-                            text = archive.extractfile(document).read().decode()
-                            yield re.sub("\n\n\n+", "\n\n", text).strip()   # as published
+def make_puzzles(name):
+    """Yield the documents of a puzzle, which must be as long as its scoring says."""
+    puzzle = PUZZLES[name]
+    scoring = puzzle["scoring"]
+    assert scoring["answer_length"] == 1 or not scoring["hide_answers"], f"{name}: see PUZZLES"
+    for text in puzzle["make"](puzzle["count"]):
+        assert len(text.encode()) + 1 == scoring["document_length"], f"{name}: {text}"
+        yield text
 
 
 # ---- downloads ----
@@ -320,10 +318,7 @@ def download(url, sha256=None, hint="run the same command again to go on"):
     A broken connection is resumed, now or by the next call. Exits with one line, which ends in
     hint, if the file cannot be downloaded or has another sha256.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if cache.startswith("~"):   # there is no home
-        cache = tempfile.gettempdir()
-    cache = Path(cache, "loop-gpt2")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "loop-gpt2")
     path = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(url).name}"
     part = path.with_name(path.name + ".part")
     waits = "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0"
@@ -332,12 +327,27 @@ def download(url, sha256=None, hint="run the same command again to go on"):
     if path.exists():
         return path
     print(f"downloading {url} to {path}", file=sys.stderr)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        while not fetch(url, part):
-            print("the connection broke, going on", file=sys.stderr)
-    except OSError as error:    # no network, no certificates, a full disk, ..
-        sys.exit(f"{url} could not be downloaded ({error}): {hint}")
+    cache.mkdir(parents=True, exist_ok=True)
+    for wait in (1, 2, 4, 8, 16, None):     # seconds before the next try
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+        try:    # always from url: it redirects to an address of the file that may expire
+            with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+                if response.status_code == 416 and have:
+                    break   # nothing is missing
+                response.raise_for_status()
+                # 206: the rest follows. 200: all of it follows once more
+                with open(part, "ab" if response.status_code == 206 else "wb") as file:
+                    for block in response.iter_content(1 << 16):
+                        file.write(block)
+            break
+        except OSError as error:    # no network, a full disk, a busy server, a broken connection
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            broke_off = part.exists() and part.stat().st_size > have
+            if wait is None or not (broke_off or status in (429, 500, 502, 503, 504)):
+                sys.exit(f"{url} could not be downloaded ({error}): {hint}")
+            print(f"{error}: going on in {wait} s", file=sys.stderr)
+            time.sleep(wait)
     if sha256 is not None and sha256_of(part) != sha256:
         part.unlink()
         sys.exit(f"{url} has another sha256 than {sha256}: {hint}")
@@ -346,42 +356,8 @@ def download(url, sha256=None, hint="run the same command again to go on"):
 
 
 def sha256_of(path):
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fetch(url, part):
-    """Request what part lacks and append it. Return whether it is whole, False if it broke off.
-
-    The address of the file itself may expire. So every request starts from url, which redirects
-    to it. Raises requests.RequestException if the server does not answer, or with an error.
-    """
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
-    # a busy server is asked 6 times more; without a network the first failure is told at once
-    retries = Retry(6, connect=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
-    with requests.Session() as session:
-        for scheme in ("https://", "http://"):
-            session.mount(scheme, HTTPAdapter(max_retries=retries))
-        with session.get(url, headers=headers, stream=True, timeout=30) as response:
-            if response.status_code == 416 and have:  # nothing is missing
-                return True
-            response.raise_for_status()
-            resumed = response.status_code == 206   # 200: the server sends all of it again
-            before = have
-            with open(part, "ab" if resumed else "wb") as file:
-                try:
-                    for block in response.iter_content(1 << 16):
-                        file.write(block)
-                        have += len(block)
-                except requests.RequestException:
-                    if have == before:  # no progress: give up
-                        raise
-                    return False
-    return True
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- the command line ----
@@ -412,8 +388,7 @@ def main():
         parser.error(f"{args.source} is a puzzle of bytes: leave out --tokenizer")
     meta = write_data(Path(data_dir), args.source, get_tokenizer(tokenizer), args.shards)
     for split in SPLITS:
-        tokens, size = meta[split]["tokens"], meta[split]["bytes"]
-        print(f"{data_dir}/{split}.bin: {tokens:,} tokens of {size / 1e6:.1f} MB of text")
+        print(f"{data_dir}/{split}.bin: {meta[split]['tokens']:,} {tokenizer} tokens")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def get_args():
     add("--top_k", type=positive, help="draw among the k likeliest tokens; None: among all")
     add("--n_loop", type=positive, help="number of loops; None: as in training")
     add("--exit_kl", type=not_negative, help="stop looping for a token once a loop changes its "
-        "prediction by less than this KL divergence in nats. The first new token takes all loops, "
-        "and so do all once the text is longer than the context")
+        "prediction by less than this KL divergence in nats. The prompt before its last token "
+        "takes all loops, and so does a text that is longer than the context")
     add("--show_loops", action="store_true", help="print each loop's best guess for each new token")
     add("--seed", type=int, default=0, help="random seed for the draws")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the best there is")
@@ -105,8 +105,6 @@ def token_name(tokenizer, token):
 
 def main():
     args = get_args()
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # with | head, end quietly when head does
     device = pick_device(args.device)
     model, tokenizer = load_model(args, device)
     block_size = model.config.block_size
@@ -128,6 +126,8 @@ def main():
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # with | head, end quietly when head does
     try:
         main()
     except KeyboardInterrupt:

@@ -8,9 +8,9 @@ Tokens to a model: trains GPT-2 or a Loop Neural Network on what prepare.py wrot
     torchrun --nproc_per_node=8 train.py --preset=gpt2-81m-loop    the same training on eight
 
 Several processes share the sequences of a step. So any number of them gives the same training, up
-to rounding and dropout. With --score_after all sequences should have equally many targets, for each
-batch of a step weighs the same. Reports go to the terminal, and as JSON lines to out/log.jsonl. Two
-trainings at once on one CPU need OMP_NUM_THREADS=1 each: with more threads than cores they crawl.
+to rounding and dropout. Reports go to the terminal, and as JSON lines to out/log.jsonl, whose last
+line is the result. Two trainings at once on one CPU need OMP_NUM_THREADS=1 each: with more threads
+than cores they crawl.
 """
 import argparse
 import json
@@ -30,9 +30,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from model import GPT, LOOP_ORDERS, RESIDUALS, GPTConfig, change_layout, flops_per_token
+from model import GPT, LOOP_ORDERS, NOT_GPT2, RESIDUALS, GPTConfig, change_layout, flops_per_token
 from model import load_checkpoint, load_pretrained, pick_device, pick_dtype, save_checkpoint
-from prepare import find_weights, get_tokenizer, load_data, make_parser
+from prepare import SPLITS, find_weights, load_data, make_folder, make_parser
 
 # The paper's four models have GPT-2's width, context and vocabulary. The recipe is the one that
 # nanoGPT publishes for 124M: 12 x 40 sequences of 1024, about half a million tokens a step.
@@ -45,32 +45,34 @@ PRESETS = {
     "gpt2-81m-loop": dict(n_layer=6, n_loop=6, **RECIPE),
     "gpt2-45m": dict(n_layer=1, n_loop=1, **RECIPE),
     "gpt2-45m-loop": dict(n_layer=1, n_loop=2, **RECIPE),
-    # A document of the puzzle has 69 tokens with its end, and only the answers can be predicted.
-    # Loops are drawn: answers then stay right for more loops than training has.
-    # Dropout, and a rate that ends at 0, help to make each step exact.
+    # One document of the puzzle at a time. Loops are drawn: then answers stay right for more loops
+    # than training has. Dropout, and a rate that ends at 0, help to make each step exact.
     "arrows": dict(data_dir="data-arrows", out_dir="out-arrows", n_loop=10, n_loop_min=6, n_head=4,
-                   n_embd=128, dropout=0.1, block_size=68, stride=69, score_after=">",
-                   hide_answers=True, max_steps=2500, learning_rate=2e-3, min_lr=0.0),
+                   n_embd=128, dropout=0.1, block_size=68, max_steps=2500, learning_rate=2e-3,
+                   min_lr=0.0),
 }
 OPTIMIZERS = ("adamw", "muon")
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 # ---- the flags ----
 
 # The types of flags. For a wrong value, argparse prints the type's name.
 def positive(text):
-    value = int(text)
-    if value < 1:
+    if int(text) < 1:
         raise ValueError
-    return value
+    return int(text)
 
 
 def not_negative(text):
-    value = float(text)
-    if not 0 <= value < math.inf:
+    if not 0 <= float(text) < math.inf:
         raise ValueError
-    return value
+    return float(text)
+
+
+def whole(text):
+    if not 0 <= int(text) < 2 ** 31:
+        raise ValueError
+    return int(text)
 
 
 def make_flags():
@@ -88,7 +90,7 @@ def make_flags():
     add("--vocab_size", type=positive, help="number of tokens, which the data must have; None: any")
     add("--n_loop", type=positive, default=1, help="how often the looped blocks are applied")
     add("--n_loop_min", type=positive, help="draw each step's loops from here to n_loop")
-    add("--loop_start", type=int, default=0, help="the first looped block")
+    add("--loop_start", type=whole, default=0, help="the first looped block")
     add("--loop_end", type=positive, help="the block after the last looped one; None: to the end")
     add("--loop_order", choices=LOOP_ORDERS, default=GPTConfig.loop_order, help="see GPT.states")
     add("--residual", choices=RESIDUALS, default=GPTConfig.residual, help="equation: see GPT.loop")
@@ -96,29 +98,25 @@ def make_flags():
     add("--bias", action=switch, default=True, help="biases in linear layers and norms")
     add("--batch_size", type=positive, default=8, help="sequences that a process computes at once")
     add("--gradient_accumulation_steps", type=positive, default=1, help="batches in a step, in all")
-    add("--stride", type=positive, default=1, help="sequences start at multiples of it")
-    add("--score_after", help="the loss counts only what follows this token, such as answers")
-    add("--score_count", type=positive, default=1, help="how many tokens after each count")
-    add("--hide_answers", action=switch, help="replace them by --score_after in the input")
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="muon is for the blocks' matrices")
     add("--learning_rate", type=not_negative, default=8e-3, help="the peak")
     add("--min_lr", type=not_negative, help="the rate at the end; None: a tenth of the peak")
-    add("--warmup_steps", type=int, default=100, help="steps over which the rate rises")
+    add("--warmup_steps", type=whole, default=100, help="steps over which the rate rises")
     add("--weight_decay", type=not_negative, default=0.1, help="weight decay of matrices")
     add("--grad_clip", type=not_negative, default=1.0, help="largest gradient norm; 0: no limit")
-    add("--seed", type=int, default=0, help="random seed for weights, batches and dropout")
+    add("--seed", type=whole, default=0, help="random seed for weights, batches and dropout")
     add("--eval_iters", type=positive, default=800, help="sequences in an evaluation")
     fixed = list(vars(parser.parse_args([])))   # the flags so far
     # what it can
     add("--data_dir", default="data", help="the folder that prepare.py wrote")
     add("--out_dir", default="out", help="the folder for ckpt.pt, written at each evaluation")
     add("--resume", action="store_true", help="go on from ckpt.pt in out_dir")
-    add("--max_steps", type=int, default=4000, help="number of updates of the weights")
-    add("--target_flops", type=not_negative, help="set max_steps so that training costs this")
+    add("--max_steps", type=whole, default=4000, help="number of updates of the weights")
     add("--eval_interval", type=positive, default=1000, help="steps between evaluations and saves")
     add("--log_interval", type=positive, default=200, help="steps between lines of progress")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the best there is")
-    add("--dtype", choices=DTYPES, default="auto", help="of products; auto: see pick_dtype")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of products; auto: see pick_dtype")
     add("--compile", action=switch, help="use torch.compile; None: on a GPU that can")
     add("--checkpoint_loops", action=switch, help="save memory: recompute all loops but the last")
     return parser, fixed
@@ -127,43 +125,36 @@ def make_flags():
 def get_args(argv=None):
     """Return (args, model, state). model and state are what --init_from or --resume names, or None.
 
-    A preset, a pretrained model and a checkpoint set the defaults of flags.
+    A flag's value is what was typed, else what the checkpoint or the weights say, else the
+    preset's, else the default. argparse takes what the Namespace knows in place of its defaults.
     """
     parser, fixed = make_flags()
-    # what is given by hand wins: each time, set defaults from what was named and parse again
-    parser.set_defaults(**PRESETS.get(parser.parse_args(argv).preset, {}))
-    args = parser.parse_args(argv)
-    model, state, must_be = None, None, {}      # must_be: flags that model decides
+    known = PRESETS.get(parser.parse_args(argv).preset, {})
+    args = parser.parse_args(argv, argparse.Namespace(**known))
+    model = state = None
     if args.resume:
         model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt")
-        other = vars(args).keys() ^ state["args"].keys()
-        if other:
+        known = state["args"]
+        if other := known.keys() ^ vars(args).keys():
             sys.exit(f"{args.out_dir}/ckpt.pt is of other code, which differs in the flags "
                      f"{', '.join(sorted(other))}: use that code")
-        parser.set_defaults(**state["args"] | {"out_dir": args.out_dir})    # it may have moved
-        must_be = {name: state["args"][name] for name in fixed}
+        known = known | {"out_dir": args.out_dir}   # the folder may have moved
     elif args.init_from:
         model, _ = load_pretrained(find_weights(args.init_from))
-        must_be = asdict(model.config)
-        if model.config.n_loop == 1 and model.config.residual != "outer":
-            # it is a GPT-2, and can be looped in any way
+        shape = asdict(model.config)
+        if model.config.n_loop == 1 and model.config.residual not in NOT_GPT2:
             for name in ("n_loop", "loop_start", "loop_end", "loop_order", "residual"):
-                del must_be[name]
-        parser.set_defaults(**must_be, optimizer="adamw", learning_rate=3e-5)
-        del must_be["dropout"], must_be["block_size"]
-    args = parser.parse_args(argv)
-    for name, value in must_be.items():
-        if getattr(args, name) != value:
+                del shape[name]     # it is a GPT-2, and can be looped in any way
+        known = known | shape | {"optimizer": "adamw", "learning_rate": 3e-5}
+        fixed = shape.keys() - {"block_size", "dropout"}
+    args = parser.parse_args(argv, argparse.Namespace(**known))
+    for name in fixed if model else ():
+        if getattr(args, name) != known[name]:
             parser.error(f"--{name}={getattr(args, name)} does not fit what it starts from, which "
-                         f"has {value}: leave it out")
+                         f"has {known[name]}: leave it out")
     if model and args.block_size > model.config.block_size:
         parser.error(f"--block_size={args.block_size} is above {model.config.block_size}, the "
                      "context of what it starts from: leave it out")
-    for name in ("seed", "warmup_steps", "loop_start", "max_steps"):
-        if not 0 <= getattr(args, name) < 2 ** 31:
-            parser.error(f"--{name}={getattr(args, name)} must be 0 or more, and below 2 ** 31")
-    if (args.hide_answers or args.score_count > 1) and args.score_after is None:
-        parser.error("--hide_answers and --score_count need --score_after")
     if args.n_loop_min and args.n_loop_min > args.n_loop:
         parser.error(f"--n_loop_min={args.n_loop_min} must not be above --n_loop={args.n_loop}")
     return args, model, state
@@ -178,13 +169,6 @@ def get_config(args, vocab_size):
         sys.exit(f"train.py: {error}")
 
 
-def get_cost(args, meta):
-    """Return (the FLOPs to train on a token, the tokens of a step)."""
-    mean_n_loop = ((args.n_loop_min or args.n_loop) + args.n_loop) / 2
-    step_tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size
-    return flops_per_token(get_config(args, meta["vocab_size"]), mean_n_loop), step_tokens
-
-
 # ---- batches and schedule, which depend on the flags and the step alone ----
 
 def windows(data, starts, T):
@@ -192,15 +176,15 @@ def windows(data, starts, T):
     return torch.from_numpy(np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64))
 
 
-def get_batch(data, args, step, rank=0, world=1):
+def get_batch(data, args, step, stride=1, rank=0, world=1):
     """The windows of a step that this process trains on, (n, T + 1).
 
-    Together the processes take what one process would.
+    They start at multiples of stride. Together the processes take what one process would.
     """
     count = args.batch_size * args.gradient_accumulation_steps
     rng = np.random.default_rng((args.seed, step))
-    places = (len(data) - args.block_size - 1) // args.stride + 1
-    starts = rng.integers(places, size=count)[rank::world] * args.stride
+    places = (len(data) - args.block_size - 1) // stride + 1
+    starts = rng.integers(places, size=count)[rank::world] * stride
     return windows(data, starts, args.block_size)
 
 
@@ -209,6 +193,17 @@ def get_n_loop(args, step):
     low = args.n_loop_min or args.n_loop
     rng = np.random.default_rng((args.seed, step, 1))   # 1: other draws than get_batch's
     return int(rng.integers(low, args.n_loop, endpoint=True))
+
+
+def mean_n_loop(args):
+    """The mean of get_n_loop over many steps."""
+    return ((args.n_loop_min or args.n_loop) + args.n_loop) / 2
+
+
+def get_cost(args, vocab_size):
+    """Return (the tokens of a step, the mean FLOPs to train on one of them)."""
+    step_tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size
+    return step_tokens, flops_per_token(get_config(args, vocab_size), mean_n_loop(args))
 
 
 def get_lr(args, step):
@@ -222,24 +217,25 @@ def get_lr(args, step):
 
 # ---- one step, and one evaluation ----
 
-def inputs_and_targets(rows, device, score_token=None, score_count=1, hide=False):
+def inputs_and_targets(rows, device, scoring=None):
     """Windows (n, T + 1) -> tokens and targets on the device, (n, T) each.
 
-    With a score_token, only the score_count tokens after each one are targets: the answers. The
-    others are -1, and the loss ignores them. With hide, the inputs have score_token in place of
-    answers, so that none can be copied from an earlier one.
+    A puzzle has a scoring, see PUZZLES in prepare.py: only the tokens of answers are targets. The
+    others are -1, and the loss ignores them. Where answers are hidden, the inputs have answer_after
+    in their place.
     """
     if device.type == "cuda":  # the CPU need not wait for a copy from pinned memory
         rows = rows.pin_memory()
     rows = rows.to(device, non_blocking=True)
     x, y = rows[:, :-1], rows[:, 1:]
-    if score_token is not None:
+    if scoring is not None:
+        mark = ord(scoring["answer_after"])     # the tokens of a puzzle are bytes
         answers = torch.zeros_like(rows, dtype=torch.bool)  # cut like x and y below
-        for i in range(1, score_count + 1):
-            answers[:, i:] |= rows[:, :-i] == score_token
+        for i in range(1, scoring["answer_length"] + 1):
+            answers[:, i:] |= rows[:, :-i] == mark
         y = y.masked_fill(~answers[:, 1:], -1)
-        if hide:
-            x = x.masked_fill(answers[:, :-1], score_token)
+        if scoring["hide_answers"]:
+            x = x.masked_fill(answers[:, :-1], mark)
     return x, y
 
 
@@ -262,17 +258,18 @@ def train_step(net, optimizers, x, y, args, autocast, n_loop=None):
 
 
 @torch.no_grad()
-def evaluate(model, data, args, device, scoring=(), rank=0, world=1):
+def evaluate(model, data, args, device, scoring=None, rank=0, world=1):
     """The mean validation loss after loop 1, 2, .. N in nats, over the same windows every time."""
     T, B = args.block_size, args.batch_size
     count = min(args.eval_iters, (len(data) - 1) // T)
     starts = np.linspace(0, len(data) - 1 - T, count).astype(int)[rank::world]
-    starts -= starts % args.stride
+    if scoring is not None:
+        starts -= starts % scoring["document_length"]
     # the sum of the losses after each loop, and the number of targets
     losses, targets = torch.zeros(model.config.n_loop, dtype=torch.float64), 0
     model.eval()
     for i in range(0, len(starts), B):
-        x, y = inputs_and_targets(windows(data, starts[i:i + B], T), device, *scoring)
+        x, y = inputs_and_targets(windows(data, starts[i:i + B], T), device, scoring)
         # a smaller batch at the end would compile anew: fill it up with targets that don't count
         empty = (0, 0, 0, B - len(x))
         x, y = F.pad(x, empty), F.pad(y, empty, value=-1)
@@ -281,8 +278,6 @@ def evaluate(model, data, args, device, scoring=(), rank=0, world=1):
         targets += counted
     model.train()
     *losses, targets = mean_over_processes(torch.tensor([*losses, targets]), device).tolist()
-    if not targets:
-        sys.exit(f"no validation target follows {args.score_after!r}: give more --eval_iters")
     return [loss / targets for loss in losses]
 
 
@@ -313,8 +308,6 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in group["params"]:
-                if p.grad is None:
-                    continue
                 state = self.state[p]
                 if not state:
                     state["average"] = torch.zeros_like(p)
@@ -359,10 +352,9 @@ def configure_optimizers(model, args):
     adamw = dict(lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
     if args.optimizer == "adamw":
         return [torch.optim.AdamW(matrices + rest, **adamw)]
-    if args.optimizer == "muon":
-        return [Muon(matrices, args.learning_rate, args.weight_decay),
-                torch.optim.AdamW(rest, **adamw)]
-    raise NotImplementedError(f"configure_optimizers has no {args.optimizer}")
+    assert args.optimizer == "muon", f"configure_optimizers has no {args.optimizer}"
+    return [Muon(matrices, args.learning_rate, args.weight_decay),
+            torch.optim.AdamW(rest, **adamw)]
 
 
 # ---- the machine ----
@@ -421,31 +413,39 @@ def check(args, train_data, val_data, meta, world, state):
     if args.vocab_size not in (None, meta["vocab_size"]):
         sys.exit(f"{args.data_dir} has {meta['vocab_size']} {meta['tokenizer']} tokens, the model "
                  f"{args.vocab_size}: run python prepare.py with the other --tokenizer")
+    length = meta["puzzle"]["document_length"] if "puzzle" in meta else 1
+    if (args.block_size + 1) % length:
+        sys.exit(f"--block_size={args.block_size} cuts the documents of {args.data_dir} in two: "
+                 f"use --block_size={length - 1}")
     if args.batch_size * args.gradient_accumulation_steps % world:
         sys.exit(f"{world} processes cannot share the sequences of a step equally: "
                  "change --batch_size or --gradient_accumulation_steps")
-    if state is not None:
-        data = state["data"]
-        if any(data[split] != meta[split] for split in ("train", "val")):
-            sys.exit(f"{args.data_dir} is not the data of the checkpoint, {data['dataset']} in "
-                     f"{data['tokenizer']} tokens: give its --data_dir, or start anew")
-
-
-def get_scoring(args, meta, val_data):
-    """What inputs_and_targets needs of the flags: the token that --score_after names, and so on.
-
-    Exits if it is not one token of the data.
-    """
-    if args.score_after is None:
-        return ()
-    ids = get_tokenizer(meta["tokenizer"]).encode_ordinary(args.score_after)
-    if len(ids) != 1 or ids[0] not in val_data:
-        sys.exit(f"--score_after={args.score_after!r} is not a single {meta['tokenizer']} token "
-                 f"that {args.data_dir}/val.bin has: name another")
-    return ids[0], args.score_count, args.hide_answers
+    if state is not None and any(state["data"][split] != meta[split] for split in SPLITS):
+        sys.exit(f"{args.data_dir} is not the data of the checkpoint, {state['data']['dataset']} "
+                 f"in {state['data']['tokenizer']} tokens: give its --data_dir, or start anew")
+    if state is not None and state["step"] > args.max_steps:
+        sys.exit(f"the checkpoint has {state['step']} steps: give more --max_steps")
 
 
 # ---- the training ----
+
+def start_folder(out, resumed):
+    """Make the folder of a run. A new run renames what an earlier one left there."""
+    make_folder(out, "--out_dir")
+    log = out / "log.jsonl"
+    for path in () if resumed else (log, out / "ckpt.pt"):
+        if path.exists():
+            os.replace(path, out / f"old-{path.name}")
+            print(f"{path} is of an earlier run: it is old-{path.name} now", flush=True)
+    if log.exists() and not log.read_bytes().endswith(b"\n"):
+        with open(log, "a") as file:
+            file.write("\n")    # a full disk tore the last line
+
+
+def append_record(out, record):
+    with open(out / "log.jsonl", "a") as log:
+        log.write(json.dumps(record) + "\n")
+
 
 def describe(record, args, step_tokens):
     """The line that the terminal shows of a record of log.jsonl."""
@@ -462,37 +462,13 @@ def describe(record, args, step_tokens):
     return line
 
 
-def start_folder(out, resumed):
-    """Make the folder of a run. A new run renames what an earlier one left there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"--out_dir={out} cannot be made ({error.strerror}): name another folder")
-    if resumed:
-        return
-    log, checkpoint = out / "log.jsonl", out / "ckpt.pt"
-    if (out / "ckpt.old.pt").exists() and not checkpoint.exists():
-        log.unlink(missing_ok=True)     # of a run without a model: ckpt.old.pt keeps its own log
-    for path in (log, checkpoint):
-        if path.exists():
-            old = path.with_suffix(f".old{path.suffix}")
-            os.replace(path, old)
-            print(f"{path} was there from an earlier run: it is {old} now", flush=True)
-
-
 def train(args, model=None, state=None):
-    # the machine, the data and the cost
+    # the machine and the data
     device, rank, world = join_processes(args)
     train_data, val_data, meta = load_data(args.data_dir)
     check(args, train_data, val_data, meta, world, state)
-    scoring = get_scoring(args, meta, val_data)
-    flops, step_tokens = get_cost(args, meta)
-    if args.target_flops is not None:
-        args.max_steps = max(1, round(args.target_flops / (flops * step_tokens)))
-        if args.max_steps >= 2 ** 31:
-            sys.exit(f"--target_flops={args.target_flops:g} are {args.max_steps:g} steps: "
-                     "give a smaller one")
-        args.target_flops = None  # a resumed run goes by max_steps
+    scoring = meta.get("puzzle")
+    stride = scoring["document_length"] if scoring else 1
 
     # the model and its optimizers
     config = get_config(args, meta["vocab_size"])
@@ -506,8 +482,6 @@ def train(args, model=None, state=None):
     start, seconds = 0, 0.0
     if state is not None:
         start, seconds = state["step"], state["seconds"]
-        if start > args.max_steps:
-            sys.exit(f"the checkpoint has {start} steps: give more --max_steps or --target_flops")
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     autocast, dtype = use_machine(model, args, device)
@@ -515,17 +489,14 @@ def train(args, model=None, state=None):
 
     # what is reported
     out = Path(args.out_dir)
+    step_tokens, flops = get_cost(args, meta["vocab_size"])
     params = sum(p.numel() for p in model.parameters())
     if rank == 0:
-        scored = ""
-        if scoring:
-            _, y = inputs_and_targets(get_batch(train_data, args, 0), device, *scoring)
-            scored = f", of which {(y >= 0).float().mean():.0%} count"
         print(f"n_layer={config.n_layer}, h[{config.loop_start}:{config.loop_end}] x "
               f"{config.n_loop} ({config.residual}), {params:,} parameters, "
               f"{flops / 1e6:.1f} MFLOPs per token\n"
               f"{meta['dataset']}, {len(train_data):,} {meta['tokenizer']} tokens, "
-              f"{args.max_steps} steps of {step_tokens:,}{scored}, {world} x {device.type}, "
+              f"{args.max_steps} steps of {step_tokens:,}, {world} x {device.type}, "
               f"{dtype}, {' and '.join(type(each).__name__ for each in optimizers)}", flush=True)
         start_folder(out, args.resume)
 
@@ -545,17 +516,20 @@ def train(args, model=None, state=None):
         if evaluating:
             with autocast:
                 losses = evaluate(model, val_data, args, device, scoring, rank, world)
-            record |= {"val_loss": losses[-1], "loop_losses": losses}
+            gates = None if model.gates is None else model.gates.mean(-1).tolist()
+            record |= {"val_loss": losses[-1], "loop_losses": losses, "gates": gates,
+                       "params": params, "tokens": step * step_tokens,
+                       "flops": step * step_tokens * flops,
+                       "seconds": round(time.perf_counter() - began, 1)}
         for name in ("loss", "norm", "val_loss"):
             if not math.isfinite(record.get(name, 0)):
-                if rank == 0:   # the last line on stdout is JSON even then
-                    print(json.dumps({"step": step, "val_loss": None}), flush=True)
+                if rank == 0:
+                    append_record(out, {"step": step, "val_loss": None})
                 sys.exit(f"the {name} is {record[name]} at step {step}: start anew with a smaller "
                          "--learning_rate")
         if logging and rank == 0:
             print(describe(record, args, step_tokens), flush=True)
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(record) + "\n")
+            append_record(out, record)
         # the first step has nothing new, but every run ends with a checkpoint
         if evaluating and rank == 0 and (step > start or last):
             save_checkpoint(out / "ckpt.pt", model, step=step, args=vars(args), data=meta,
@@ -572,22 +546,13 @@ def train(args, model=None, state=None):
                 group["lr"] = lr * group["lr_scale"]
         # for dropout: another number for each seed, step and process
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
-        rows = get_batch(train_data, args, step, rank, world)
-        x, y = inputs_and_targets(rows, device, *scoring)
+        rows = get_batch(train_data, args, step, stride, rank, world)
+        x, y = inputs_and_targets(rows, device, scoring)
         loss, norm = train_step(net, optimizers, x, y, args, autocast, get_n_loop(args, step))
 
     if world > 1:
         time.sleep(0.1)  # or, on a busy CPU, gloo's threads may still run, and abort the process
         dist.destroy_process_group()
-    if rank == 0:
-        tokens = args.max_steps * step_tokens
-        bits = losses[-1] / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
-        print(json.dumps({
-            "step": step, "val_loss": losses[-1], "loop_losses": losses,
-            "bits_per_byte": None if scoring else bits,
-            "gates": None if model.gates is None else model.gates.mean(-1).tolist(),
-            "params": params, "tokens": tokens, "flops": flops * tokens,
-            "seconds": round(time.perf_counter() - began, 1)}))
 
 
 def main():

@@ -41,7 +41,7 @@ SHORT = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --war
          "--eval_iters=640 --eval_interval=10000")
 CODE = ("model.py", "train.py", "prepare.py", "bench.py")
 # {experiment: {label: flags of train.py}}. A last flag --compute_of=LABEL gives a model the compute
-# of that label, which stands before it.
+# of that label, which stands before it, or so many FLOPs.
 EXPERIMENTS = {
     "default": {    # equal data, then equal compute, where lower rates are better
         "1 loop": "--n_loop=1",
@@ -53,7 +53,7 @@ EXPERIMENTS = {
         "4 loops, compute of 6": "--n_loop=4 --compute_of='6 loops'",
     },
     "compute": {    # five budgets
-        f"{n} x, {flops} FLOPs": f"{NARROW} --n_loop={n} --target_flops={flops}"
+        f"{n} x, {flops} FLOPs": f"{NARROW} --n_loop={n} --compute_of={flops}"
         for flops in ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12") for n in (1, 2, 4, 6)
     },
     "variants": {   # of the equation, beside one loop; again with --optimizer=adamw
@@ -106,20 +106,20 @@ EXPERIMENTS = {
 # ---- one run, one model ----
 
 def get_models(texts, extra):
-    """{label: flags} from {label: text}: --compute_of=LABEL becomes --target_flops.
+    """{label: flags} from {label: text}: --compute_of=LABEL becomes --max_steps.
 
     Exits if two models have the same flags: they would train in the same folder.
     """
     models, labels = {}, {}
     for label, text in texts.items():
-        flags = shlex.split(text)
-        if flags[-1].startswith("--compute_of="):
-            as_label = flags.pop().removeprefix("--compute_of=")
-            args, *_ = train.get_args(models[as_label])
-            flops, step_tokens = train.get_cost(args, load_data(args.data_dir)[2])
-            budget = args.target_flops or flops * step_tokens * args.max_steps
-            flags.append(f"--target_flops={budget:.6g}")
-        models[label] = [*flags, *extra]
+        flags = [*shlex.split(text), *extra]
+        budget = [flag for flag in flags if flag.startswith("--compute_of=")]
+        if budget:
+            flags.remove(budget[0])
+            budget = budget[0].removeprefix("--compute_of=")
+            budget = step_flops(models[budget], whole=True) if budget in models else float(budget)
+            flags.append(f"--max_steps={max(1, round(budget / step_flops(flags)))}")
+        models[label] = flags
         same = labels.setdefault(str(train.get_args(models[label])[0]), label)
         if same != label:
             sys.exit(f"{same} and {label} are the same model with these flags: name the models "
@@ -127,8 +127,15 @@ def get_models(texts, extra):
     return models
 
 
+def step_flops(flags, whole=False):
+    """The FLOPs of a step of training, or of the whole."""
+    args, *_ = train.get_args(flags)
+    step_tokens, flops = train.get_cost(args, load_data(args.data_dir)[2]["vocab_size"])
+    return flops * step_tokens * (args.max_steps if whole else 1)
+
+
 def train_run(label, flags, places, rate, seed):
-    """Return the last line of train.py with these flags, as a dict. Its val_loss may be None."""
+    """Return the last record of train.py with these flags. Its val_loss may be None."""
     flags = [*flags, f"--learning_rate={rate:g}", f"--seed={seed}"]
     args, *_ = train.get_args(flags)
     code = [(HERE.parent / name).read_text() for name in CODE]
@@ -139,7 +146,8 @@ def train_run(label, flags, places, rate, seed):
     done = path.exists()
     if not done:
         resumed = (folder / "ckpt.pt").exists()
-        result = run_train_py(["--resume"] if resumed else flags, folder, places)
+        how = ["--resume"] if resumed else flags
+        result = run_train_py([*how, f"--out_dir={folder}"], folder, places)
         if args.preset == "arrows" and result["val_loss"] is not None:
             model, _ = load_checkpoint(folder / "ckpt.pt")
             n_loop = 20 if args.n_loop > 1 else 1
@@ -157,21 +165,32 @@ def train_run(label, flags, places, rate, seed):
 
 
 def run_train_py(flags, folder, places):
-    """Run train.py in a process of its own, in a free place. Return its last line.
+    """Run train.py in a process of its own, in a free place. Return the last record of its log.
 
-    That line is JSON also if the training diverged. What it printed stays in folder/out.txt.
+    What it printed stays in folder/out.txt.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, HERE.parent / "train.py", *flags, f"--out_dir={folder}"]
+    command = [sys.executable, HERE.parent / "train.py", *flags]
     place = places.get()
-    with open(folder / "out.txt", "a+") as out:
+    with open(folder / "out.txt", "a") as out:
         subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | place)
-        out.seek(0)
-        results = [line for line in out if line.startswith("{")]
     places.put(place)
-    if not results:
+    log = read_log(folder)
+    if not log or "val_loss" not in log[-1] or (
+            log[-1]["val_loss"] and log[-1]["step"] < train.get_args(flags)[0].max_steps):
         sys.exit(f"the run in {folder} failed, see its out.txt")
-    return json.loads(results[-1])
+    return log[-1]
+
+
+def read_log(folder):
+    """The records of a run's log.jsonl."""
+    records, path = [], Path(folder, "log.jsonl")
+    for line in open(path) if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            print(f"{path} has a torn line, skipped: {line[:40]!r}", file=sys.stderr)
+    return records
 
 
 def score(run):
@@ -380,8 +399,7 @@ def draw_gates(axes, rows):
 def draw_curves(axes, folders):
     """Draw the training loss as a line, the validation loss as dots: a colour for each folder."""
     for i, folder in enumerate(folders):
-        lines = [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
-        records = {record["step"]: record for record in lines}  # a resumed run repeats some steps
+        records = {record["step"]: record for record in read_log(folder)}   # resumed: some twice
         for name, style in (("loss", ".-"), ("val_loss", "o")):
             points = [(step, record[name]) for step, record in records.items() if name in record]
             label = folder if name == "val_loss" else None      # one entry in the legend

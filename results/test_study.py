@@ -1,9 +1,7 @@
 """What is true of study.py: runs go on, each model is tuned, nothing is mixed up in silence."""
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +13,17 @@ import torch
 import train
 from matplotlib.figure import Figure
 from model import RESIDUALS
-from test_model import finish, start
+from test_model import run, start
 
 SCRIPT = str(Path(study.__file__))
+
+
+def finish(script, *args, cwd, code=0):
+    """Run a script and return what it printed: stdout, or stderr if it is to fail."""
+    process = start(script, *args, cwd=cwd)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return err if code else out
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +37,9 @@ def data(tmp_path_factory):
 
 def test_a_study_goes_on_where_it_was_stopped(data, tmp_path):
     command = [SCRIPT, "variants", "--seeds=1", "--max_steps=30", data, "--block_size=32"]
-    process = start(*command, cwd=tmp_path, start_new_session=True)
+    process = start(*command, cwd=tmp_path)
     next(line for line in process.stdout if "seed 0:" in line)  # one model is finished
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert finished and not list(tmp_path.glob("results/*"))
@@ -49,7 +55,7 @@ def test_a_study_goes_on_where_it_was_stopped(data, tmp_path):
         assert row["mean"] == row["runs"][0]["val_loss"]
         assert f"\n{label:<26}" in out and f"{row['mean']:.4f}" in out
     flags = ["--n_loop=6", "--residual=sum", *command[3:]]
-    alone = json.loads(finish("train.py", *flags, cwd=tmp_path).splitlines()[-1])
+    alone = run(*flags, cwd=tmp_path)
     assert alone["val_loss"] == models["sum"]["mean"]
 
 
@@ -102,12 +108,6 @@ def test_each_worker_gets_a_gpu_that_the_caller_may_use(monkeypatch):
     assert study.get_places(1, gpus=0).get() == {"OMP_NUM_THREADS": "1"}
 
 
-def training_flops(flags):
-    args, *_ = train.get_args(flags)
-    each, step_tokens = train.get_cost(args, {"vocab_size": 257})
-    return args.target_flops or each * step_tokens * args.max_steps
-
-
 def test_experiments_of_equal_compute_have_equal_compute(data):
     all_of = study.EXPERIMENTS
     puzzle, controls = all_of["arrows"], all_of["arrows-controls"]
@@ -115,7 +115,7 @@ def test_experiments_of_equal_compute_have_equal_compute(data):
     for texts, equal in ((all_of["default"], default), (puzzle, puzzle), (controls, controls),
                          (all_of["pairs"], ["2 blocks x 3", "4 blocks, compute of 2 x 3"])):
         models = study.get_models(texts, [data])
-        costs = [training_flops(models[label]) for label in equal]
+        costs = [study.step_flops(models[label], whole=True) for label in equal]
         assert max(costs) < 1.01 * min(costs), costs
         if equal is default:
             assert costs[0] == pytest.approx(1.007e13, rel=1e-3)
@@ -213,7 +213,7 @@ def test_the_example_of_a_fork_fits_this_code(fork, data, tmp_path):
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(path.read_bytes())
     subprocess.run(["git", "apply", fork], cwd=tmp_path, check=True)
-    command = [sys.executable, "results/study.py", fork.stem, "--seeds=1", "--target_flops=1"]
+    command = [sys.executable, "results/study.py", fork.stem, "--seeds=1", "--max_steps=1"]
     subprocess.run([*command, data, "--eval_iters=8", "--n_embd=16"], cwd=tmp_path, check=True)
     models = json.loads(next((tmp_path / "results").glob("*.json")).read_text())["models"]
     assert models and all(row["runs"][0]["val_loss"] for row in models.values())
