@@ -33,6 +33,8 @@ from torch.utils.checkpoint import checkpoint
 RESIDUALS = ("gated", "sum", "mean", "outer")    # the variants of the equation, see GPT.loop
 NOT_GPT2 = {"outer"}                            # with one loop, the others are GPT-2
 LOOP_ORDERS = ("stack", "block")                # see GPT.states
+MATRICES = {"wte", "wpe", "c_attn", "c_proj", "c_fc"}   # GPT-2's layers with a matrix
+OTHERS = {"ln_1", "ln_2", "ln_f", "gates"}              # its norms, and the loop's gates
 
 
 @dataclass
@@ -154,6 +156,11 @@ class Block(nn.Module):
         return x
 
 
+def layer_of(name):
+    """The layer that a parameter belongs to: "c_fc" for h.0.mlp.c_fc.weight."""
+    return name.split(".")[-2] if "." in name else name
+
+
 class GPT(nn.Module):
     """GPT-2 with a loop in it. Parameters have GPT-2's names, and wte is the head's matrix too."""
 
@@ -176,15 +183,20 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's start: all matrices normal, biases 0. What a block adds to x starts smaller."""
+        """GPT-2's start: its matrices normal, their biases 0. What a block adds starts smaller.
+
+        Parameters of a fork stay as the fork made them.
+        """
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                std = 0.02
-                if name.endswith("c_proj.weight"):
-                    std /= math.sqrt(2 * self.config.n_layer)
-                nn.init.normal_(p, std=std * self.loop_scale(name))
-            elif name.endswith("bias"):
+            if layer_of(name) not in MATRICES:
+                continue
+            if name.endswith("bias"):
                 nn.init.zeros_(p)
+                continue
+            std = 0.02
+            if layer_of(name) == "c_proj":
+                std /= math.sqrt(2 * self.config.n_layer)
+            nn.init.normal_(p, std=std * self.loop_scale(name))
 
     def loop_scale(self, name):
         """The factor on a parameter's first standard deviation, and on its learning rate.
@@ -193,7 +205,7 @@ class GPT(nn.Module):
         1/N. It is 1 for all others, and in mean, which divides by N itself.
         """
         c = self.config
-        if not name.endswith("c_proj.weight") or c.residual == "mean":
+        if layer_of(name) != "c_proj" or name.endswith("bias") or c.residual == "mean":
             return 1
         block = int(name.split(".")[1])     # h.0.attn.c_proj.weight
         return 1 / c.n_loop if c.loop_start <= block < c.loop_end else 1
@@ -458,8 +470,10 @@ def load_pretrained(path):
         weights.pop("lm_head.weight", None)
     model = GPT(GPTConfig(block_size=len(wpe), n_layer=len(blocks), n_head=wte.size(1) // 64,
                           n_embd=wte.size(1), bias="ln_f.bias" in weights))
+    known = MATRICES | OTHERS
+    own = {name: p for name, p in model.state_dict().items() if layer_of(name) not in known}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(own | weights)    # what a fork added starts as the fork made it
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         sys.exit(f"{path} is not a GPT-2 ({reason}): {usage}")

@@ -133,6 +133,8 @@ def load_data(data_dir):
         sys.exit(f"no data in {data_dir}: run python prepare.py{source} --data_dir={data_dir}")
     meta = json.loads((folder / "meta.json").read_text())
     arrays = [np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS]
+    if [len(array) for array in arrays] != [meta[split]["tokens"] for split in SPLITS]:
+        sys.exit(f"{data_dir} is not what its meta.json says: run python prepare.py again")
     return *arrays, meta
 
 

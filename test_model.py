@@ -35,9 +35,9 @@ import bench
 import prepare
 import sample
 import train
-from model import GPT, LOOP_ORDERS, NOT_GPT2, RESIDUALS, GPTConfig, KVCache, change_layout
+from model import GPT, NOT_GPT2, RESIDUALS, Block, GPTConfig, KVCache, change_layout
 from model import flops_per_token, generate, load_checkpoint, load_pretrained, next_logits
-from model import read_safetensors, sample_token, save_checkpoint
+from model import pick_dtype, read_safetensors, sample_token, save_checkpoint
 from prepare import EOT, PUZZLES, get_tokenizer, load_data
 from train import PRESETS, get_batch, get_lr
 
@@ -204,34 +204,26 @@ def follow(text, letter, steps=0):
 
 @pytest.mark.parametrize("lengths", [prepare.TRAINING_CHAINS, prepare.TEST_CHAINS])
 def test_arrows_lead_forward_to_the_answers(lengths):
-    documents, seen = list(prepare.make_arrows(300, lengths)), []
-    assert documents == list(prepare.make_arrows(300, lengths)) and len(set(documents)) == 300
-    assert documents != list(prepare.make_arrows(300, lengths, seed=1))
-    for text in documents:
-        assert all(target >= letter for target, letter in zip(text, prepare.LETTERS, strict=False))
-        moves = [a for a, b in zip(text, prepare.LETTERS, strict=False) if a != b]
-        assert len(set(moves)) == len(moves)    # chains: one arrow at most leads to a letter
-        ends, steps = zip(*(follow(text, letter) for letter in prepare.LETTERS), strict=True)
+    seen = []
+    for text in prepare.make_arrows(300, lengths):
+        arrows = [(a, b) for a, b in zip(prepare.LETTERS, text, strict=False) if a != b]
+        assert all(a < b for a, b in arrows)
+        assert len({b for _, b in arrows}) == len(arrows)   # one arrow at most leads to a letter
+        steps = [follow(text, letter)[1] for letter in prepare.LETTERS]
         if lengths is prepare.TEST_CHAINS:    # two equal chains: a guess of an end is right in 50%
             assert sorted(steps) == sorted([*range(10)] * 2)
-            assert sorted(ends.count(end) for end in set(ends)) == [10, 10]
-        else:
-            assert len(set(ends)) >= 4 and max(steps) <= 4
         questions = [text[i:i + 3] for i in range(20, 68, 3)]
-        assert len(text) == 68 and len({letter for letter, _, _ in questions}) == 16
-        for letter, arrow, answer in questions:
-            end, steps = follow(text, letter)
-            assert (arrow, answer) == (">", end)
-            seen.append(steps)
-    x, y, steps = bench.questions(300, seed=0)
+        assert len({question[0] for question in questions}) == 16
+        assert all(arrow == ">" and follow(text, letter)[0] == answer
+                   for letter, arrow, answer in questions)
+        seen += [follow(text, question[0])[1] for question in questions]
     if lengths is prepare.TEST_CHAINS:
-        assert steps.flatten().tolist() == seen and bytes(x[0, 20:23].tolist())[1:] == b">>"
-        assert y[y >= 0].tolist() == [ord(text[i]) for text in documents for i in range(22, 68, 3)]
+        assert bench.questions(300, seed=0)[2].flatten().tolist() == seen
     else:
         assert sorted(set(seen)) == list(range(5)) and min(map(seen.count, range(5))) > 240
 
 
-def test_a_puzzle_is_as_long_as_it_says_and_its_answers_stand_where_it_says(tmp_path, monkeypatch):
+def test_a_puzzle_is_what_its_scoring_says(tmp_path, monkeypatch):
     for name, puzzle in PUZZLES.items():
         monkeypatch.setitem(puzzle, "count", 1000)
         prepare.write_data(tmp_path / name, name, get_tokenizer("byte"), None)
@@ -245,7 +237,7 @@ def test_a_puzzle_is_as_long_as_it_says_and_its_answers_stand_where_it_says(tmp_
             said = bytes(token for token in answers.tolist() if token >= 0).decode()
             if name == "arrows":
                 assert said == text[22::3] and read == re.sub(">[a-t]", ">>", text)
-            else:   # a model that goes on from digits must have seen digits
+            else:   # to go on from a digit, a model must have seen digits
                 a, b, c = map(int, re.split("[+=]", text))
                 assert a + b == c == int(said) and read == text
         monkeypatch.setitem(puzzle, "scoring", scoring | {"document_length": length - 1})
@@ -426,6 +418,17 @@ def test_the_loop_is_the_paper_s_equation(variant, layout):
     assert torch.equal(model(idx), model(idx, n_loop=3))
 
 
+@in_every_variant
+def test_a_variant_is_not_the_default(variant):
+    default, other = small(n_loop=3), small(n_loop=3, **variant)
+    weights = other.state_dict()
+    weights |= {name: p for name, p in default.state_dict().items()
+                if name in weights and weights[name].shape == p.shape}
+    other.load_state_dict(weights)      # the same in all that both have
+    idx = some_tokens(1, 16)
+    assert torch.equal(other(idx), default(idx)) == (other.config == default.config)
+
+
 def test_a_variant_without_an_equation_is_an_error(monkeypatch):
     monkeypatch.setattr("model.RESIDUALS", (*RESIDUALS, "nonsense"))
     model = small(n_loop=2, residual="nonsense")
@@ -541,16 +544,12 @@ def test_sampling_follows_the_model_s_distribution():
         assert (share - expected.softmax(-1)).abs().max() < 0.015
 
 
+@in_every_variant
 @in_every_layout
-@pytest.mark.parametrize("loop_order", LOOP_ORDERS)
-def test_flops_per_token_are_those_that_torch_counts(layout, loop_order):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-    model, idx = small(n_loop=4, layout=layout, loop_order=loop_order).float(), some_tokens(2, 16)
+def test_flops_per_token_are_those_that_torch_counts(layout, variant):
+    model, idx = small(n_loop=4, layout=layout, **variant).float(), some_tokens(2, 16)
     for n_loop in (1, 4):
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(idx, idx, n_loop=n_loop).backward()
-        assert counter.get_total_flops() / 32 == flops_per_token(model.config, n_loop)
+        assert train.flops_counted(model, idx, idx, get_args(["--batch_size=2"]), n_loop) == 1
 
 
 def grads(model):
@@ -778,6 +777,25 @@ def test_only_the_tokens_of_answers_are_scored(count, hide):
     torch.testing.assert_close(grads(model), wanted)
 
 
+def test_an_answer_is_right_if_all_its_tokens_are():
+    class Adds:     # and says 0 for the last digit
+        config, eval, train = GPTConfig(n_loop=1), lambda self: None, lambda self: None
+
+        def loop_losses(self, x, y):
+            return torch.zeros(1)
+
+        def __call__(self, x):
+            said = torch.roll(x, -1, dims=1)
+            said[:, 10] = ord("0")
+            return F.one_hot(said, 257)
+    sums = [text + EOT for text in prepare.make_additions(200)]
+    data = np.array(get_tokenizer("byte").encode("".join(sums), allowed_special={EOT}), np.uint16)
+    args = get_args(["--block_size=12", "--eval_iters=216", "--batch_size=10"])
+    found = train.evaluate(Adds(), data, args, torch.device("cpu"), PUZZLES["addition"]["scoring"])
+    starts = np.linspace(0, len(data) - 13, 216).astype(int) // 13
+    assert 0 < found["right"] == pytest.approx(np.mean([sums[i][11] == "0" for i in starts]))
+
+
 @torch.no_grad()
 def test_no_answer_of_the_puzzle_moves_a_later_question():
     rows = torch.tensor([[*text.encode()] for text in prepare.make_arrows(1)])
@@ -801,7 +819,8 @@ def test_an_evaluation_does_not_depend_on_the_batch_size():
     for size in (1, 4, 6, 64):
         widths.clear()
         args = get_args([*flags, f"--batch_size={size}"])
-        assert train.evaluate(model, data, args, cpu) == pytest.approx(expected, rel=1e-12)
+        found = train.evaluate(model, data, args, cpu)["loop_losses"]
+        assert found == pytest.approx(expected, rel=1e-12)
         assert widths == {size}     # an odd batch would compile anew
 
 
@@ -814,7 +833,7 @@ def test_the_drawn_depth_depends_on_seed_and_step_alone():
     other = get_args(["--n_loop=6", "--n_loop_min=3", "--seed=1"])
     assert draws != [train.get_n_loop(other, step) for step in range(4000)]
     assert {train.get_n_loop(get_args(["--n_loop=6"]), step) for step in range(100)} == {6}
-    assert train.mean_n_loop(args) == pytest.approx(np.mean(draws), abs=0.05)   # what is charged
+    assert train.mean_n_loop(args) == pytest.approx(np.mean(draws), abs=0.1)    # what is charged
 
 
 def test_the_schedule_warms_up_and_decays():
@@ -823,6 +842,8 @@ def test_the_schedule_warms_up_and_decays():
     assert (rates[0], rates[49], rates[99], rates[100]) == (0.01, 0.5, 1.0, 1.0)
     assert rates[550] == pytest.approx(0.55) and rates[1000] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[100:], rates[101:], strict=False))
+    args.max_steps = 2000   # a resumed run: the added steps keep the rate of the end
+    assert get_lr(args, 550) == rates[550] and get_lr(args, 1500) == rates[1000]
     args.min_lr = 0
     assert get_lr(args, 550) == pytest.approx(0.5) and get_lr(args, 1000) == 0
 
@@ -903,6 +924,17 @@ def test_bfloat16_stays_near_float32_and_sums_the_gradient_of_loops_in_float32()
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=2 ** -9)
 
 
+def test_bfloat16_is_chosen_where_processor_and_torch_compute_in_it(monkeypatch):
+    for uses, has, expected in [("AVX512", {"avx512_bf16": True}, torch.bfloat16),
+                                ("AVX2", {"avx512_bf16": True}, torch.float32),
+                                ("AVX512", {}, torch.float32),
+                                ("DEFAULT", {"bf16": True}, torch.bfloat16)]:   # ARM
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda uses=uses: uses)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        assert pick_dtype("auto", torch.device("cpu"), 256) == expected
+        assert pick_dtype("auto", torch.device("cpu"), 128) == torch.float32
+
+
 def test_flags_win_over_presets():
     args = get_args(["--preset=gpt2-81m-loop", "--n_loop", "3", "--no-compile", "--loop_end=4"])
     assert (args.n_layer, args.n_loop, args.loop_end, args.compile) == (6, 3, 4, False)
@@ -926,6 +958,8 @@ def tiny_data(tmp_path_factory):
     (folder / "same.txt").write_text(EOT.join(["the same text"] * 150))
     (folder / "other.txt").write_text("other data " * 100)
     call(prepare, "other.txt", "--data_dir=other", cwd=folder)
+    shutil.copytree(folder / "other", folder / "torn")
+    os.truncate(folder / "torn" / "train.bin", 500)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PUZZLES["addition"], "count", 1000)
         call(prepare, "addition", "--data_dir=sums", cwd=folder)
@@ -964,11 +998,12 @@ def test_a_run_learns_and_reports(tiny_data, whole_run):
     _, val_data, _ = load_data(tiny_data / "data")
     rates = {group["lr"] for group in state["optimizers"][0]["param_groups"]}
     assert max(rates) == 2 * min(rates) == pytest.approx(8e-4, rel=1e-3)    # c_proj: half
-    losses = train.evaluate(model, val_data, get_args(TINY), torch.device("cpu"))
-    assert losses == result["loop_losses"] and state["step"] == 300
+    found = train.evaluate(model, val_data, get_args(TINY), torch.device("cpu"))
+    assert found["loop_losses"] == result["loop_losses"] and state["step"] == 300
     assert result["params"] == sum(p.numel() for p in model.parameters())
     assert result["tokens"] == 300 * 64
-    assert result["flops"] == flops_per_token(model.config, 1.5) * 300 * 64
+    flops = flops_per_token(model.config, 1.5) * 300 * 64
+    assert result["flops"] == pytest.approx(flops, rel=0.03) and result["flops_counted"] == 1
     assert result["gates"] == model.gates.mean(-1).tolist() and model.gates.std() > 0.01
 
 
@@ -1001,25 +1036,6 @@ def test_an_interrupted_run_continues_exactly(tiny_data, whole_run):
     for ours, theirs in ((model.state_dict(), other.state_dict()),
                          (state["optimizers"], other_state["optimizers"])):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-
-
-def test_a_checkpoint_of_one_number_format_resumes_in_the_other(tiny_data, whole_run):
-    """The same weights have the same loss, up to a bfloat16's rounding, 2**-9 of a number."""
-    folder = tiny_data / "formats"
-    shutil.copytree(tiny_data / "whole", folder)
-    resume = ["--resume", "--out_dir=formats", "--eval_interval=5"]
-    for dtype, steps in (("bfloat16", 310), ("float32", 320)):
-        out = call(train, *resume, f"--dtype={dtype}", f"--max_steps={steps}", cwd=tiny_data)
-        assert f"torch.{dtype}" in out
-        model, _ = load_checkpoint(folder / "ckpt.pt")
-        assert {p.dtype for p in model.parameters()} == {torch.float32}
-    losses = {}     # {step: its validation losses, in the order of the runs}
-    for record in records(folder):
-        if "val_loss" in record and record["step"] >= 300:
-            losses.setdefault(record["step"], []).append(record["val_loss"])
-    assert [len(each) for each in losses.values()] == [2, 1, 2, 1, 1], losses
-    for step in (300, 310):     # where the format changes
-        assert 0 < abs(losses[step][0] / losses[step][1] - 1) < 2 ** -9, losses
 
 
 def test_a_second_run_keeps_the_first(tiny_data):
@@ -1058,6 +1074,35 @@ def test_two_processes_train_what_one_does(tiny_data):
         assert record.keys() == other.keys() and record["step"] == other["step"]
         for name in {"loss", "norm", "val_loss"} & record.keys():
             assert record[name] == pytest.approx(other[name], rel=1e-3)
+
+
+def test_a_fork_cannot_train_something_else_in_silence(tiny_data, hugging_face, monkeypatch):
+    class Fork(Block):
+        def __init__(self, config):
+            super().__init__(config)
+            self.alpha = torch.nn.Parameter(torch.ones(2, config.n_embd))
+
+        def forward(self, x, cache=None):
+            return self.alpha[0] * super().forward(x, cache)
+    few, embed = [*TINY, "--max_steps=2", "--out_dir=fork"], GPT.embed
+    monkeypatch.setattr("model.Block", Fork)
+    # its parameters start as it made them, are AdamW's, and do not decay
+    model = load_pretrained(hugging_face[1])[0]
+    assert all((block.alpha == 1).all() for block in model.h)
+    *_, adamw = train.configure_optimizers(model, get_args([]))
+    found = [group["weight_decay"] for group in adamw.param_groups for p in group["params"]
+             if any(p is block.alpha for block in model.h)]
+    assert found == [0.0] * 3
+    out = call(train, *few, cwd=tiny_data)
+    assert "so AdamW's and without weight decay: h.0.alpha, h.1.alpha\n" in out
+    assert "times the FLOPs" not in out
+    # a loss at every loop costs more than is stated
+    monkeypatch.setattr(GPT, "forward", lambda self, *args: self.loop_losses(*args).mean())
+    assert re.search(r"takes 1\.\d\d times the FLOPs", call(train, *few, cwd=tiny_data))
+    # a parameter that nothing reaches
+    monkeypatch.setattr(GPT, "embed", lambda self, *args: embed(self, *args).detach())
+    with pytest.raises(AssertionError, match="the loss does not depend on wpe.weight"):
+        run(*few, cwd=tiny_data)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_data):
@@ -1193,8 +1238,9 @@ def test_the_puzzle_is_prepared_trained_and_shown(tmp_path, monkeypatch):
     assert "data-arrows/val.bin" in call(prepare, "arrows", cwd=tmp_path)
     flags = ["--preset=arrows", "--max_steps=20", "--eval_iters=32", "--n_embd=16"]
     call(train, *flags, cwd=tmp_path)
-    losses = records(tmp_path / "out-arrows")[-1]["loop_losses"]
-    assert len(losses) == PRESETS["arrows"]["n_loop"]
+    log = records(tmp_path / "out-arrows")
+    assert [record["step"] for record in log] == list(range(21))    # twenty lines at least
+    assert len(log[-1]["loop_losses"]) == PRESETS["arrows"]["n_loop"] and log[-1]["right"] < 0.5
     lines = call(bench, "loops", "--out_dir=out-arrows", cwd=tmp_path).splitlines()
     assert [line.split()[2] for line in lines[7:27]] == [f"{n}" for n in range(1, 21)]
     assert len(lines[26].split()) == 13 and "--exit_kl" in lines[27]
@@ -1225,6 +1271,7 @@ MISTAKES = [
     (train, "--dropout=1", "dropout=1.0"),
     (train, "--n_loop=2 --n_loop_min=3", "--n_loop_min=3 must not be above --n_loop=2"),
     (train, "--data_dir=none", "no data in none: run python prepare.py --data_dir=none"),
+    (train, "--data_dir=torn", "torn is not what its meta.json says: run python prepare.py again"),
     (train, "--preset=arrows", "no data in data-arrows: run python prepare.py arrows"),
     (train, "--data_dir=data-addition/", "python prepare.py addition --data_dir=data-addition/"),
     (train, "--data_dir=sums", "cuts the documents of sums in two: use --block_size=12"),

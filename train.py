@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
 from importlib.util import find_spec
@@ -28,10 +29,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, LOOP_ORDERS, NOT_GPT2, RESIDUALS, GPTConfig, change_layout, flops_per_token
-from model import load_checkpoint, load_pretrained, pick_device, pick_dtype, save_checkpoint
+from model import GPT, LOOP_ORDERS, MATRICES, NOT_GPT2, OTHERS, RESIDUALS, GPTConfig, change_layout
+from model import flops_per_token, layer_of, load_checkpoint, load_pretrained, pick_device
+from model import pick_dtype, save_checkpoint
 from prepare import SPLITS, find_weights, load_data, make_folder, make_parser
 
 # The paper's four models have GPT-2's width, context and vocabulary. The recipe is the one that
@@ -101,6 +105,7 @@ def make_flags():
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="muon is for the blocks' matrices")
     add("--learning_rate", type=not_negative, default=8e-3, help="the peak")
     add("--min_lr", type=not_negative, help="the rate at the end; None: a tenth of the peak")
+    add("--decay_steps", type=positive, help="where the rate reaches its end; None: at max_steps")
     add("--warmup_steps", type=whole, default=100, help="steps over which the rate rises")
     add("--weight_decay", type=not_negative, default=0.1, help="weight decay of matrices")
     add("--grad_clip", type=not_negative, default=1.0, help="largest gradient norm; 0: no limit")
@@ -110,7 +115,8 @@ def make_flags():
     # what it can
     add("--data_dir", default="data", help="the folder that prepare.py wrote")
     add("--out_dir", default="out", help="the folder for ckpt.pt, written at each evaluation")
-    add("--resume", action="store_true", help="go on from ckpt.pt in out_dir")
+    add("--resume", action="store_true", help="go on from ckpt.pt in out_dir. With more max_steps "
+        "than before, the added steps keep the rate of the end")
     add("--max_steps", type=whole, default=4000, help="number of updates of the weights")
     add("--eval_interval", type=positive, default=1000, help="steps between evaluations and saves")
     add("--log_interval", type=positive, default=200, help="steps between lines of progress")
@@ -157,6 +163,7 @@ def get_args(argv=None):
                      "context of what it starts from: leave it out")
     if args.n_loop_min and args.n_loop_min > args.n_loop:
         parser.error(f"--n_loop_min={args.n_loop_min} must not be above --n_loop={args.n_loop}")
+    args.decay_steps = args.decay_steps or args.max_steps
     return args, model, state
 
 
@@ -196,8 +203,9 @@ def get_n_loop(args, step):
 
 
 def mean_n_loop(args):
-    """The mean of get_n_loop over many steps."""
-    return ((args.n_loop_min or args.n_loop) + args.n_loop) / 2
+    """The mean of get_n_loop over the training, from a thousand of its steps."""
+    steps = np.linspace(0, max(0, args.max_steps - 1), 1000, dtype=int)
+    return np.mean([get_n_loop(args, step) for step in steps])
 
 
 def get_cost(args, vocab_size):
@@ -207,12 +215,12 @@ def get_cost(args, vocab_size):
 
 
 def get_lr(args, step):
-    """The learning rate of a step, counted from 0: a linear warm-up, then half a cosine."""
+    """The learning rate of a step, counted from 0: a linear warm-up, half a cosine, then level."""
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / args.warmup_steps
     low = args.learning_rate / 10 if args.min_lr is None else args.min_lr
-    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
-    return low + (args.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
+    done = (step - args.warmup_steps) / max(1, args.decay_steps - args.warmup_steps)
+    return low + (args.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
 # ---- one step, and one evaluation ----
@@ -250,6 +258,8 @@ def train_step(net, optimizers, x, y, args, autocast, n_loop=None):
             part = net(part_x, part_y, n_loop) * (len(part_x) / len(x))
         part.backward()
         loss += part.detach()
+    for name, p in net.named_parameters():
+        assert p.grad is not None or not p.requires_grad, f"the loss does not depend on {name}"
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
     for optimizer in optimizers:
         optimizer.step()
@@ -257,16 +267,28 @@ def train_step(net, optimizers, x, y, args, autocast, n_loop=None):
     return loss, norm
 
 
+def flops_counted(model, x, y, args, n_loop):
+    """The FLOPs that torch counts in train_step on x and y (n, T), over those that we state."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        train_step(model, [], x, y, args, nullcontext(), n_loop)
+    model.zero_grad()
+    return counter.get_total_flops() / x.numel() / flops_per_token(model.config, n_loop)
+
+
 @torch.no_grad()
 def evaluate(model, data, args, device, scoring=None, rank=0, world=1):
-    """The mean validation loss after loop 1, 2, .. N in nats, over the same windows every time."""
+    """What a record says of the validation data, from the same windows every time.
+
+    loop_losses are the mean losses after loop 1, 2, .. N in nats, val_loss is the last. For a
+    puzzle, right is the share of answers that are right in all their tokens.
+    """
     T, B = args.block_size, args.batch_size
     count = min(args.eval_iters, (len(data) - 1) // T)
     starts = np.linspace(0, len(data) - 1 - T, count).astype(int)[rank::world]
     if scoring is not None:
         starts -= starts % scoring["document_length"]
-    # the sum of the losses after each loop, and the number of targets
-    losses, targets = torch.zeros(model.config.n_loop, dtype=torch.float64), 0
+    # the sum of the losses after each loop, the number of targets, and of right answers
+    losses, targets, right = torch.zeros(model.config.n_loop, dtype=torch.float64), 0, 0
     model.eval()
     for i in range(0, len(starts), B):
         x, y = inputs_and_targets(windows(data, starts[i:i + B], T), device, scoring)
@@ -276,9 +298,15 @@ def evaluate(model, data, args, device, scoring=None, rank=0, world=1):
         counted = (y >= 0).sum().item()
         losses += counted * model.loop_losses(x, y).cpu()
         targets += counted
+        if scoring is not None:
+            hits = (model(x).argmax(-1) == y)[y >= 0].view(-1, scoring["answer_length"])
+            right += hits.all(dim=1).sum().item()
     model.train()
-    *losses, targets = mean_over_processes(torch.tensor([*losses, targets]), device).tolist()
-    return [loss / targets for loss in losses]
+    sums = mean_over_processes(torch.tensor([*losses, targets, right]), device).tolist()
+    *losses, targets, right = sums
+    losses = [loss / targets for loss in losses]
+    record = {"val_loss": losses[-1], "loop_losses": losses}
+    return record | ({"right": right * scoring["answer_length"] / targets} if scoring else {})
 
 
 def mean_over_processes(x, device):
@@ -336,12 +364,12 @@ def orthogonal(g):
 def configure_optimizers(model, args):
     """Return a list of optimizers: AdamW; or Muon for the blocks' matrices and AdamW for the rest.
 
-    Weight decay is for matrices only, not for biases, norms and gates. For the scale of the rate
-    see GPT.loop_scale.
+    Weight decay is for GPT-2's matrices only, not for biases, norms, gates and what a fork adds:
+    that is AdamW's. For the scale of the rate see GPT.loop_scale.
     """
     groups = {}     # {what a group's parameters have in common: its parameters}
     for name, p in model.named_parameters():
-        is_matrix = p.dim() == 2
+        is_matrix = layer_of(name) in MATRICES and name.endswith("weight")
         in_blocks = is_matrix and name.startswith("h.")
         kind = in_blocks, args.weight_decay * is_matrix, model.loop_scale(name)
         groups.setdefault(kind, []).append(p)
@@ -380,7 +408,8 @@ def compile_blocks(model, **options):
     """Compile each block and the head, which do nearly all the work.
 
     One block's code serves every block at every loop: 6 blocks looped 6 times compile as fast as 6
-    blocks, and another n_loop compiles nothing.
+    blocks, and another n_loop compiles nothing. If a fork tells a block which loop it is, pass a
+    tensor: each new number compiles anew, and after 8 of them nothing is compiled any more.
     """
     torch._dynamo.config.optimize_ddp = False   # or DDP would cut a block in two
     for block in model.h:
@@ -457,6 +486,8 @@ def describe(record, args, step_tokens):
                  f" | {speed:,.0f} tokens/s | {left} left")
     if "val_loss" in record:
         line += f" | val {record['val_loss']:.4f}"
+    if "right" in record:
+        line += f", {record['right']:.1%} right"
     if len(record.get("loop_losses", [])) > 1:
         line += ", after each loop " + " ".join(f"{loss:.3f}" for loss in record["loop_losses"])
     return line
@@ -484,6 +515,8 @@ def train(args, model=None, state=None):
         start, seconds = state["step"], state["seconds"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+    x, y = inputs_and_targets(get_batch(train_data, args, start, stride)[:1], device, scoring)
+    counted = flops_counted(model, x, y, args, get_n_loop(args, start))
     autocast, dtype = use_machine(model, args, device)
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
@@ -498,16 +531,22 @@ def train(args, model=None, state=None):
               f"{meta['dataset']}, {len(train_data):,} {meta['tokenizer']} tokens, "
               f"{args.max_steps} steps of {step_tokens:,}, {world} x {device.type}, "
               f"{dtype}, {' and '.join(type(each).__name__ for each in optimizers)}", flush=True)
+        names = [name for name, _ in model.named_parameters()]
+        if own := [name for name in names if layer_of(name) not in MATRICES | OTHERS]:
+            print(f"not GPT-2's, so AdamW's and without weight decay: {', '.join(own)}")
+        if abs(counted - 1) > 0.02:
+            print(f"a step takes {counted:.2f} times the FLOPs that flops_per_token says")
         start_folder(out, args.resume)
 
     # report, evaluate, save, then train: a checkpoint holds exactly the reported model
     loss = norm = lr = None
+    log_interval = max(1, min(args.log_interval, args.max_steps // 20))     # twenty lines at least
     interval_began, interval_step = time.perf_counter(), start
     began = interval_began - seconds
     for step in range(start, args.max_steps + 1):  # step: the number of updates done
         last = step == args.max_steps
         evaluating = last or step % args.eval_interval == 0
-        logging = evaluating or step % args.log_interval == 0
+        logging = evaluating or step % log_interval == 0
         record = {"step": step}
         if logging and step > start:
             loss, norm = mean_over_processes(torch.stack((loss, norm)), device).tolist()
@@ -515,11 +554,10 @@ def train(args, model=None, state=None):
             record |= {"loss": loss, "lr": lr, "norm": norm, "tokens_per_second": speed}
         if evaluating:
             with autocast:
-                losses = evaluate(model, val_data, args, device, scoring, rank, world)
+                record |= evaluate(model, val_data, args, device, scoring, rank, world)
             gates = None if model.gates is None else model.gates.mean(-1).tolist()
-            record |= {"val_loss": losses[-1], "loop_losses": losses, "gates": gates,
-                       "params": params, "tokens": step * step_tokens,
-                       "flops": step * step_tokens * flops,
+            record |= {"gates": gates, "params": params, "tokens": step * step_tokens,
+                       "flops": step * step_tokens * flops, "flops_counted": counted,
                        "seconds": round(time.perf_counter() - began, 1)}
         for name in ("loss", "norm", "val_loss"):
             if not math.isfinite(record.get(name, 0)):
