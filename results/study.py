@@ -1,22 +1,28 @@
 """
-What models learn when they are trained side by side: the tables and pictures of results/.
+Many models side by side: trains them, adds a row a run to results/runs.csv, and draws from it.
 
-    python results/study.py default --sweep                     an experiment: see EXPERIMENTS
-    python results/study.py "--n_loop=4" "--n_loop=4 --bias"    any models, by train.py's flags
+    python results/study.py text --sweep                        an experiment: see EXPERIMENTS
+    python results/study.py "--n_loop=4" "--n_loop=4 --no-bias"     any models, by train.py's flags
+    python results/study.py tables                              what results/README.md shows of them
+    python results/study.py pictures                            its pictures
     python results/study.py curves out out-2                    the curves of several runs
 
 Every model gets the same data, with the same seed in the same order, and the same evaluation.
 --sweep finds each its own learning rate: it tries rates a factor of two apart, with seed 0, until
-the best lies between two others, in at most 12 trials. All trials are recorded.
+the best lies between two others, in at most 12 trials. Trials have rows too.
 
-A run in out-study/ that is finished is not repeated, an interrupted one goes on. Its folder's name
-holds a hash of its flags, its data, the weights it starts from and the code.
+The code is copied to out-study/ first, and every run trains from the copy. A run that is finished
+is not repeated, an interrupted one goes on. Its folder's name holds a hash of all that decides its
+digits: flags, data, weights to start from, code, torch, and the processor's instructions.
 """
+import csv
+import fcntl
 import json
 import os
 import queue
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,20 +36,36 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import train
-from bench import VALIDATION, device_name, draw_answers, print_answers, right_answers, save_picture
-from model import load_checkpoint, pick_device
+from bench import SCORING, draw_answers, right_answers, save_picture
+from model import load_checkpoint, pick_device, pick_dtype
 from prepare import find_weights, load_data, make_parser, sha256_of
 
-NARROW = "--n_embd=32"
-BLOCKS = "--preset=arrows --n_loop_min=1 --n_loop=1"
-FIVE_TO_EIGHT = "--preset=arrows --n_loop_min=5 --n_loop=8"
+running = []    # the processes that train, to be ended with this one
+CODE = ("model.py", "train.py", "prepare.py", "bench.py")
+RUNS, ANSWERS = HERE / "runs.csv", HERE / "arrows.csv"
+# trial: yes for a rate that was tried and not chosen; right: of a puzzle's validation answers;
+# tokens: read in training; threads: of one run; data: the start of train.bin's sha256
+COLUMNS = ("study", "label", "flags", "rate", "seed", "trial", "val_loss", "right", "params",
+           "tokens", "flops", "flops_counted", "seconds", "cpu", "torch", "threads", "dtype",
+           "data", "code")
+STEPS = [str(steps) for steps in range(10)]     # of arrows.csv: the share of right answers
+ONE_PASS = "--preset=arrows --n_loop_min=1 --n_loop=1 --compute_of='the loop'"
 SHORT = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
          "--eval_iters=640 --eval_interval=10000")
-CODE = ("model.py", "train.py", "prepare.py", "bench.py")
-# {experiment: {label: flags of train.py}}. A last flag --compute_of=LABEL gives a model the compute
-# of that label, which stands before it, or so many FLOPs.
+SHAPES = {"1 block": "--n_layer=1", "1 block x 2": "--n_loop=2", "2 blocks": "--n_layer=2"}
+HEADS = {32: 2, 64: 2, 128: 2, 256: 4, 512: 8, 768: 12}     # heads of 64, but at least two
+# {study: {label: flags of train.py}}. --compute_of=LABEL gives a model the compute of that label,
+# which stands before it, or so many FLOPs.
 EXPERIMENTS = {
-    "default": {    # equal data, then equal compute, where lower rates are better
+    "arrows": {
+        "the loop": "--preset=arrows",
+        "without dropout": "--preset=arrows --dropout=0",
+        "without gates": "--preset=arrows --residual=sum",
+        "always eight loops": "--preset=arrows --n_loop_min=8 --n_loop=8",
+        "six separate blocks": f"{ONE_PASS} --n_layer=6 --learning_rate=1e-3",
+        "one forward pass": f"{ONE_PASS} --learning_rate=1e-3",
+    },
+    "text": {       # equal data, then equal compute, where lower rates are better
         "1 loop": "--n_loop=1",
         "2 loops": "--n_loop=2",
         "4 loops": "--n_loop=4",
@@ -51,134 +73,158 @@ EXPERIMENTS = {
         "1 loop, compute of 6": "--n_loop=1 --learning_rate=2e-3 --compute_of='6 loops'",
         "2 loops, compute of 6": "--n_loop=2 --learning_rate=4e-3 --compute_of='6 loops'",
         "4 loops, compute of 6": "--n_loop=4 --compute_of='6 loops'",
+        **{residual: f"--n_loop=6 --residual={residual}" for residual in train.RESIDUALS[1:]},
+    },
+    "widths": {     # what a second loop gains, and a second block
+        f"{width}, {optimizer}, {label}":
+            f"--n_embd={width} --n_head={heads} {flags} --optimizer={optimizer} "
+            f"--learning_rate={'4e-3' if optimizer == 'muon' else '2e-3'}"
+        for optimizer in ("muon", "adamw") for width, heads in HEADS.items()
+        for label, flags in {
+            **SHAPES, "1 block, compute of x 2":
+                f"--n_layer=1 --compute_of='{width}, {optimizer}, 1 block x 2'"}.items()
     },
     "compute": {    # five budgets
-        f"{n} x, {flops} FLOPs": f"{NARROW} --n_loop={n} --compute_of={flops}"
+        f"{n} x, {flops} FLOPs": f"--n_embd=32 --n_loop={n} --compute_of={flops}"
         for flops in ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12") for n in (1, 2, 4, 6)
     },
-    "variants": {   # of the equation, beside one loop; again with --optimizer=adamw
-        "1 loop": "--n_loop=1",
-        **{residual: f"--n_loop=6 --residual={residual}" for residual in train.RESIDUALS},
-    },
-    "optimizers": {     # again with --max_steps=16000, and with --n_embd=128 --n_head=4
+    "optimizers": {
         f"{optimizer}, {label}": f"--optimizer={optimizer} {flags}"
         for optimizer in train.OPTIMIZERS
         for label, flags in {"1 block": "--n_loop=1", "1 block x 2": "--n_loop=2",
                              "1 block x 6": "--n_loop=6", "6 blocks": "--n_layer=6"}.items()
     },
     "pairs": {      # the paper's two pairs, small, with both loop orders and controls
-        "4 blocks": f"{NARROW} --n_layer=4",
-        "2 blocks x 3": f"{NARROW} --n_layer=2 --n_loop=3",
-        "2 blocks x 3, each in turn": f"{NARROW} --n_layer=2 --n_loop=3 --loop_order=block",
-        "6 blocks": f"{NARROW} --n_layer=6",
-        "4 blocks, compute of 2 x 3": f"{NARROW} --n_layer=4 --compute_of='2 blocks x 3'",
-        "1 block": f"{NARROW} --n_layer=1",
-        "1 block x 2": f"{NARROW} --n_layer=1 --n_loop=2",
-        "2 blocks": f"{NARROW} --n_layer=2",
-        "1 block, compute of 1 x 2": f"{NARROW} --n_layer=1 --compute_of='1 block x 2'",
+        "4 blocks": "--n_embd=32 --n_layer=4",
+        "2 blocks x 3": "--n_embd=32 --n_layer=2 --n_loop=3",
+        "2 blocks x 3, each in turn": "--n_embd=32 --n_layer=2 --n_loop=3 --loop_order=block",
+        "6 blocks": "--n_embd=32 --n_layer=6",
+        "4 blocks, compute of 2 x 3": "--n_embd=32 --n_layer=4 --compute_of='2 blocks x 3'",
     },
     "paper": {      # pairs at GPT-2's width and vocabulary, for one GPU
         "12 blocks": f"--preset=gpt2-124m {SHORT}",
         "6 blocks x 6": f"--preset=gpt2-81m-loop {SHORT}",
-        "6 blocks x 6, no gate": f"--preset=gpt2-81m-loop --residual=sum {SHORT}",
-        "36 blocks": f"--preset=gpt2-124m --n_layer=36 {SHORT}",
         "1 block": f"--preset=gpt2-45m {SHORT}",
         "1 block x 2": f"--preset=gpt2-45m-loop {SHORT}",
-        "1 block x 2, no gate": f"--preset=gpt2-45m-loop --residual=sum {SHORT}",
         "2 blocks": f"--preset=gpt2-45m --n_layer=2 {SHORT}",
-    },
-    "arrows": {     # the puzzle with a loop, and without one, which learns best at a lower rate
-        "the loop": "--preset=arrows",
-        "six blocks": f"{BLOCKS} --n_layer=6 --learning_rate=1e-3 --compute_of='the loop'",
-    },
-    "arrows-controls": {    # the loop with one thing changed, and models without a loop
-        "5 to 8 loops": FIVE_TO_EIGHT,
-        "no dropout": f"{FIVE_TO_EIGHT} --dropout=0",
-        "no gates": f"{FIVE_TO_EIGHT} --residual=sum",
-        "six loops in every step":
-            f"{FIVE_TO_EIGHT} --n_loop=6 --n_loop_min=6 --compute_of='no dropout'",
-        "six blocks, no dropout": f"{BLOCKS} --n_layer=6 --dropout=0 --compute_of='no dropout'",
-        "one forward pass": f"{BLOCKS} --compute_of='no dropout'",
     },
 }
 
 
-# ---- one run, one model ----
+# ---- one run ----
 
-def get_models(texts, extra):
-    """{label: flags} from {label: text}: --compute_of=LABEL becomes --max_steps.
+def copy_code():
+    """Copy the code to out-study/. Return the folder, and the commit or else the hash of the code.
 
-    Exits if two models have the same flags: they would train in the same folder.
+    Edits after this do not matter to the study.
     """
-    models, labels = {}, {}
-    for label, text in texts.items():
-        flags = [*shlex.split(text), *extra]
-        budget = [flag for flag in flags if flag.startswith("--compute_of=")]
-        if budget:
-            flags.remove(budget[0])
-            budget = budget[0].removeprefix("--compute_of=")
-            budget = step_flops(models[budget], whole=True) if budget in models else float(budget)
-            flags.append(f"--max_steps={max(1, round(budget / step_flops(flags)))}")
-        models[label] = flags
-        same = labels.setdefault(str(train.get_args(models[label])[0]), label)
-        if same != label:
-            sys.exit(f"{same} and {label} are the same model with these flags: name the models "
-                     "that you want by their flags")
-    return models
+    texts = {name: (HERE.parent / name).read_bytes() for name in CODE}
+    digest = sha256(json.dumps([text.decode() for text in texts.values()]).encode()).hexdigest()
+    folder = Path("out-study", f"code-{digest[:12]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_bytes(text)
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=HERE, text=True,
+                            capture_output=True).stdout.strip()
+    edits = subprocess.run(["git", "status", "--porcelain", *CODE], cwd=HERE.parent,
+                           capture_output=True, text=True).stdout
+    return folder, commit if commit and not edits else f"hash {digest[:12]}"
 
 
 def step_flops(flags, whole=False):
-    """The FLOPs of a step of training, or of the whole."""
+    """The FLOPs of a step of training, or of all its steps."""
     args, *_ = train.get_args(flags)
     step_tokens, flops = train.get_cost(args, load_data(args.data_dir)[2]["vocab_size"])
     return flops * step_tokens * (args.max_steps if whole else 1)
 
 
-def train_run(label, flags, places, rate, seed):
-    """Return the last record of train.py with these flags. Its val_loss may be None."""
+def get_models(texts, extra):
+    """{label: flags} from {label: text}: --compute_of becomes --max_steps.
+
+    Exits if two models are the same, or if a puzzle's answers could not be counted.
+    """
+    models, labels = {}, {}
+    for label, text in texts.items():
+        flags = [*shlex.split(text), *extra]
+        for flag in [flag for flag in flags if flag.startswith("--compute_of=")]:
+            flags.remove(flag)
+            other = flag.removeprefix("--compute_of=")
+            if other not in models and not re.fullmatch(r"[\d.]+(e\d+)?", other):
+                sys.exit(f"{flag} names none of the models before it: {', '.join(models)}")
+            budget = step_flops(models[other], whole=True) if other in models else float(other)
+            flags.append(f"--max_steps={max(1, round(budget / step_flops(flags)))}")
+        args, *_ = train.get_args(flags)
+        same = labels.setdefault(str(args), label)
+        if same != label:
+            sys.exit(f"{same} and {label} are the same model with these flags: name the models "
+                     "that you want by their flags")
+        models[label] = flags
+    return models
+
+
+def train_run(code, places, study, label, flags, rate, seed):
+    """Train a model, or find it trained. Return its row of runs.csv and its rows of arrows.csv."""
+    folder, version = code
     flags = [*flags, f"--learning_rate={rate:g}", f"--seed={seed}"]
     args, *_ = train.get_args(flags)
-    code = [(HERE.parent / name).read_text() for name in CODE]
-    weights = sha256_of(find_weights(args.init_from)) if args.init_from else None
-    key = json.dumps([vars(args), load_data(args.data_dir)[2], weights, code]).encode()
-    folder = Path("out-study") / f"{args.n_layer}x{args.n_loop}-{sha256(key).hexdigest()[:12]}"
-    path = folder / "result.json"
-    done = path.exists()
+    source = sources(args)
+    device = pick_device(args.device)
+    on_cpu = device.type == "cpu"
+    machine = {"torch": torch.__version__, "threads": 1, "cpu": torch.backends.cpu
+               .get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device)}
+    dtype = str(pick_dtype(args.dtype, device, args.n_embd)).removeprefix("torch.")
+    key = sha256(json.dumps([vars(args), source, folder.name, machine, dtype]).encode()).hexdigest()
+    out = Path("out-study", f"{args.n_layer}x{args.n_loop}-{key[:12]}")
+    done = (out / "result.json").exists()
     if not done:
-        resumed = (folder / "ckpt.pt").exists()
-        how = ["--resume"] if resumed else flags
-        result = run_train_py([*how, f"--out_dir={folder}"], folder, places)
-        if args.preset == "arrows" and result["val_loss"] is not None:
-            model, _ = load_checkpoint(folder / "ckpt.pt")
-            n_loop = 20 if args.n_loop > 1 else 1
-            result["right"] = right_answers(model, n_loop)
-            result["right_validation"] = right_answers(model, n_loop, VALIDATION)
-        path.with_suffix(".tmp").write_text(json.dumps(result))
-        path.with_suffix(".tmp").rename(path)
-        for checkpoint in folder.glob("*.pt"):
-            checkpoint.unlink()  # large, and no longer needed
-    result = json.loads(path.read_text())
-    outcome = "diverged" if result["val_loss"] is None else f"{score(result):.4f}"
-    print(f"{label:<26} rate {rate:g}, seed {seed}: {outcome}  ({folder}"
+        record, answers = run_train_py(folder, flags, out, places), []
+        model, state = load_checkpoint(out / "ckpt.pt") if record["val_loss"] else (None, None)
+        if sources(args) != source or state and state["data"] != source[0]:
+            raise RuntimeError(f"{args.data_dir} or {args.init_from} changed during this study")
+        if model and source[0].get("puzzle") == SCORING:
+            answers = right_answers(model, 20 if args.n_loop > 1 else 1)
+        (out / "result.tmp").write_text(json.dumps([record, answers]))
+        (out / "result.tmp").rename(out / "result.json")
+    record, answers = json.loads((out / "result.json").read_text())
+    print(f"{label:<32} rate {rate:g}, seed {seed}: {record['val_loss'] or 'diverged'}  ({out}"
           + (", from an earlier run)" if done else ")"), flush=True)
-    return result
+    text = shlex.join(flag for flag in flags[:-2] if not flag.startswith("--learning_rate="))
+    row = {"study": study, "label": label, "flags": text, "rate": f"{rate:g}", "seed": seed,
+           "dtype": dtype, "data": source[0]["train"]["sha256"][:12], "code": version} | machine
+    return row | {name: record[name] for name in COLUMNS if name in record}, [
+        {"study": study, "label": label, "seed": seed, "loop": n}
+        | {steps: round(share, 4) for steps, share in zip(STEPS, shares, strict=True)}
+        for n, shares in enumerate(answers, start=1)]
 
 
-def run_train_py(flags, folder, places):
+def sources(args):
+    """What a run reads: meta.json with the data's sha256, and the sha256 of weights."""
+    weights = sha256_of(find_weights(args.init_from)) if args.init_from else None
+    return load_data(args.data_dir)[2], weights
+
+
+def run_train_py(code, flags, out, places):
     """Run train.py in a process of its own, in a free place. Return the last record of its log.
 
-    What it printed stays in folder/out.txt.
+    What it printed stays in out/out.txt. The lock on that file is the process's, so it lasts as
+    long as the training, even if this study is killed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, HERE.parent / "train.py", *flags]
+    out.mkdir(parents=True, exist_ok=True)
+    how = ["--resume"] if (out / "ckpt.pt").exists() else flags
     place = places.get()
-    with open(folder / "out.txt", "a") as out:
-        subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | place)
+    with open(out / "out.txt", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"a training in {out} is still running") from None
+        process = subprocess.Popen([sys.executable, code / "train.py", *how, f"--out_dir={out}"],
+                                   stdout=file, stderr=subprocess.STDOUT, env=os.environ | place)
+        running.append(process)
+        process.wait()
     places.put(place)
-    log = read_log(folder)
-    if not log or "val_loss" not in log[-1] or (
-            log[-1]["val_loss"] and log[-1]["step"] < train.get_args(flags)[0].max_steps):
-        sys.exit(f"the run in {folder} failed, see its out.txt")
+    log = read_log(out)
+    if process.returncode and not (log and log[-1].get("val_loss", 0) is None):     # it diverged
+        raise RuntimeError(f"the training in {out} failed, see its out.txt")
     return log[-1]
 
 
@@ -193,46 +239,40 @@ def read_log(folder):
     return records
 
 
-def score(run):
-    """What decides between learning rates, less is better: None if the run diverged.
+# ---- many models ----
 
-    For the puzzle it is the share of wrong answers after loop 12, on maps that the table does not
-    use. Its validation loss would not do: it is of 0 to 4 steps, nearly all right at several rates.
+def score(row):
+    """What decides between learning rates, less is better; None if the run diverged.
+
+    For a puzzle it is the share of wrong answers on validation maps, which are of training's kind.
     """
-    if "right" in run:
-        return 1 - np.mean(run["right_validation"][:12][-1])    # one row, if it has one loop
-    return run["val_loss"]
+    return 1 - row["right"] if row.get("right") is not None else row["val_loss"]
 
 
-def study_model(train_at, flags, seeds, sweep):
-    """Find the learning rate of a model, then train all seeds: train_at(rate, seed) is a run.
+def study_model(train_at, rate, seeds, sweep):
+    """Find a model's learning rate, beginning with rate, then train all seeds.
 
-    The spread is half the distance between the best and the worst seed.
+    train_at(rate, seed) is a run. Return the model's rows of runs.csv and of arrows.csv.
     """
-    best = train.get_args(flags)[0].learning_rate
-    trials = {}  # {rate: score at seed 0, None if it diverged}
+    best, trials = rate, {}     # {rate: score at seed 0, None if it diverged}
     while sweep and len(trials) < 12:   # a limit, should no rate lie between two worse ones
         untried = [rate for rate in (best, best / 2, best * 2) if rate not in trials]
         if not untried:
             break   # the best lies between two others
-        trials[untried[0]] = score(train_at(untried[0], 0))
+        trials[untried[0]] = score(train_at(untried[0], 0)[0])
         finite = [rate for rate in trials if trials[rate] is not None]
         best = min(finite, key=trials.get) if finite else min(trials)
-    runs = [train_at(best, seed) for seed in range(seeds)]
-    losses = [run["val_loss"] for run in runs if run["val_loss"] is not None]
-    return {"flags": shlex.join(flags), "learning_rate": best, "runs": runs,
-            "mean": np.mean(losses) if losses else None,
-            "spread": (max(losses) - min(losses)) / 2 if losses else None,
-            "trials": {f"{rate:g}": trials[rate] for rate in sorted(trials)}}
+    others = [train_at(rate, 0)[0] | {"trial": "yes"} for rate in sorted(trials) if rate != best]
+    rows, answers = zip(*[train_at(best, seed) for seed in range(seeds)], strict=True)
+    return others + list(rows), sum(answers, [])
 
-
-# ---- many models ----
 
 def get_args(argv):
-    """Return (args, experiment, texts, extra): {label: flags}, and the flags for all models."""
+    """Return (args, study, texts, extra): {label: flags}, and the flags for all models."""
     parser = make_parser(f"{__doc__} Experiments: {', '.join(EXPERIMENTS)}", "study.py")
     add = parser.add_argument
-    add("--name", help="of the files in results/; None: made of the experiment and the flags")
+    add("--name", help="of the study in runs.csv; None: the experiment's, or own")
+    add("--only", help="a pattern (re.search) that a label must have")
     add("--seeds", type=train.positive, default=3, help="number of seeds, from 0 on")
     add("--sweep", action="store_true", help="find a learning rate for each model")
     add("--workers", type=train.positive, help="runs at once; None: one for each GPU or core")
@@ -244,55 +284,43 @@ def get_args(argv):
     if not rest or not all(part.startswith("-") for part in extra):
         parser.error(f"name an experiment ({', '.join(EXPERIMENTS)}) or the flags of models")
     if experiment:
-        return args, experiment, EXPERIMENTS[experiment], extra
-    shared = set.intersection(*(set(part.split()) for part in extra))   # no need to name these
-    labels = [" ".join(flag for flag in part.split() if flag not in shared) for part in extra]
-    return args, None, {label or part: part for label, part in zip(labels, extra, strict=True)}, []
+        return args, args.name or experiment, EXPERIMENTS[experiment], extra
+    return args, args.name or "own", {part: part for part in extra}, []
 
 
 def study(argv):
-    """Train the models that the command line names. Write their table and picture to results/."""
-    args, experiment, texts, extra = get_args(argv)
-    name = args.name or experiment or f"models-{sha256(repr(texts).encode()).hexdigest()[:6]}"
-    name += "-sweep" if args.sweep else ""
-    name += f"-seeds={args.seeds}" if args.seeds != 3 else ""
-    name += "" if args.name else "".join(f"-{flag.lstrip('-')}" for flag in extra)
-    path = Path("results") / (re.sub(r"[^A-Za-z0-9.=,_-]+", "_", name)[:100] + ".json")
-    path.parent.mkdir(exist_ok=True)
-
+    """Train the models that the command line names. Add their rows to the CSV files."""
+    args, name, texts, extra = get_args(argv)
+    code = copy_code()
     models = get_models(texts, extra)
-    base, *_ = train.get_args(next(iter(models.values())))
-    meta = load_data(base.data_dir)[2]
-    device = pick_device(base.device)
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    workers = args.workers or gpus or torch.get_num_threads()
+    models = {label: flags for label, flags in models.items() if re.search(args.only or "", label)}
+    gpus = torch.cuda.device_count()
+    workers = args.workers or gpus or len(os.sched_getaffinity(0))
     places = get_places(workers, gpus)
     print(f"{len(models)} models, {workers} runs at once", flush=True)
-    pool = ThreadPoolExecutor(workers)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: the same command goes on"))
+    pool, table, failed = ThreadPoolExecutor(workers), [], 0
     try:
-        jobs = {label: pool.submit(study_model, partial(train_run, label, flags, places), flags,
-                                   args.seeds, args.sweep) for label, flags in models.items()}
-        rows = {label: job.result() for label, job in jobs.items()}
-    finally:
-        pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C, start no other model
-
-    setting = (f"{meta['dataset']}, {meta['train']['tokens']:,} {meta['tokenizer']} tokens; "
-               f"{workers} x {device_name(device)}, torch {torch.__version__}")
-    print_table(setting, rows)
-    path.write_text(json.dumps({"setting": setting, "command": ["results/study.py", *argv],
-                                "data": meta, "models": rows}, indent=1) + "\n")
-    print(f"written: {path}")
-    whole = all(finished(row) for row in rows.values())     # no model is missing
-    rows = {label: row for label, row in rows.items() if finished(row)}
-    gated = {label: row for label, row in rows.items() if finished(row)[0]["gates"]}
-    if rows and all("right" in finished(row)[0] for row in rows.values()):
-        show_answers(rows, path.with_suffix(".png"))
-    elif experiment == "compute" and whole:
-        save_picture(path.with_suffix(".png"), draw_differences, rows)
-    elif experiment == "optimizers" and whole:
-        save_picture(path.with_suffix(".png"), draw_gains, rows)
-    elif gated:
-        save_picture(path.with_suffix(".png"), draw_gates, gated)
+        jobs = {}
+        for label, flags in models.items():
+            train_at = partial(train_run, code, places, name, label, flags)
+            rate = train.get_args(flags)[0].learning_rate
+            jobs[label] = pool.submit(study_model, train_at, rate, args.seeds, args.sweep)
+        for label, job in jobs.items():
+            if job.exception():
+                print(f"{label}: {job.exception()}", file=sys.stderr)
+                failed += 1
+            else:
+                rows, answers = job.result()
+                table += rows
+                append(RUNS, COLUMNS, rows)
+                append(ANSWERS, ("study", "label", "seed", "loop", *STEPS), answers)
+    finally:    # after Ctrl-C or SIGTERM, end what trains and start no other model
+        for process in running:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
+    print_table(table)
+    sys.exit(f"{failed} of {len(models)} models failed, see above" if failed else 0)
 
 
 def get_places(workers, gpus):
@@ -301,63 +329,126 @@ def get_places(workers, gpus):
     places = queue.Queue()
     for i in range(workers):
         gpu = {"CUDA_VISIBLE_DEVICES": visible.split(",")[i % gpus]} if gpus else {}
-        places.put(gpu or {"OMP_NUM_THREADS": "1"})
+        places.put({"OMP_NUM_THREADS": "1"} | gpu)
     return places
 
 
-def finished(row):
-    """The runs of a model that did not diverge."""
-    return [run for run in row["runs"] if run["val_loss"] is not None]
+# ---- the CSV files ----
+
+def append(path, columns, rows):
+    """Add rows to a CSV file, but for those that it has."""
+    known = {tuple(row.values()) for row in read(path)}
+    new = [{name: "" if row.get(name) is None else str(row[name]) for name in columns}
+           for row in rows]
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if not known:
+            writer.writeheader()
+        writer.writerows(row for row in new if tuple(row.values()) not in known)
 
 
-# ---- tables and pictures ----
+def read(path):
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
-def print_table(setting, rows):
-    print(f"\n{setting}\n{'model':<26} {'params':>8} {'tokens':>8} {'/param':>6} {'TFLOPs':>9} "
-          f"{'minutes':>7} {'rate':>7} {'val loss':>8} {'+-':>6}")
-    for label, row in rows.items():
-        runs = finished(row)
-        failed = len(row["runs"]) - len(runs)
-        note = f"  {failed} diverged" if failed else ""
-        if not runs:
+
+def runs_of(study, label):
+    """The rows of a model, a row a seed. One code, one machine and one rate made them all."""
+    rows = [row for row in read(RUNS) if (row["study"], row["label"]) == (study, label)]
+    rows = [row for row in rows if not row["trial"]]
+    kinds = {tuple(row[name] for name in ("flags", "rate", "cpu", "torch", "dtype", "data", "code"))
+             for row in rows}
+    seeds = [row["seed"] for row in rows]
+    if len(kinds) != 1 or len(set(seeds)) < len(seeds):
+        sys.exit(f"{study}, {label}: {len(rows)} rows of {len(kinds)} kinds in runs.csv, seeds "
+                 f"{' '.join(seeds)}: one run a seed, by one code on one machine, may stay")
+    return rows
+
+
+def losses(study, label):
+    """The validation losses of a model's seeds. Those that diverged are left out."""
+    return np.array([float(row["val_loss"]) for row in runs_of(study, label) if row["val_loss"]])
+
+
+# ---- tables ----
+
+def print_table(rows):
+    """Print a line for each model of rows: means over its seeds, +- half of their range."""
+    print(f"\n{'model':<32} {'params':>8} {'tokens':>8} {'TFLOPs':>8} {'minutes':>7} {'rate':>7} "
+          f"{'val loss':>8} {'+-':>6}")
+    for label in dict.fromkeys(row["label"] for row in rows):
+        mine = [row for row in rows if row["label"] == label and not row.get("trial")]
+        good = [row for row in mine if row["val_loss"] is not None]
+        note = f"  {len(mine) - len(good)} diverged" if len(good) < len(mine) else ""
+        if not good:
             print(label + note)
             continue
-        minutes = sum(run["seconds"] for run in runs) / len(runs) / 60
-        params, tokens, flops = (runs[0][name] for name in ("params", "tokens", "flops"))
-        print(f"{label:<26} {params / 1e6:7.3f}M {tokens / 1e6:7.2f}M {tokens / params:6.0f} "
-              f"{flops / 1e12:9.2f} {minutes:7.1f} {row['learning_rate']:7g} "
-              f"{row['mean']:8.4f} {row['spread']:6.4f}{note}")
+        first, found = good[0], [row["val_loss"] for row in good]
+        if abs(first["flops_counted"] - 1) > 0.02:
+            note += f"  takes {first['flops_counted']:.2f} times these FLOPs"
+        minutes = np.mean([row["seconds"] for row in good]) / 60
+        print(f"{label:<32} {first['params'] / 1e6:7.3f}M {first['tokens'] / 1e6:7.2f}M "
+              f"{first['flops'] / 1e12:8.2f} {minutes:7.1f} {first['rate']:>7} "
+              f"{np.mean(found):8.4f} {np.ptp(found) / 2:6.4f}{note}")
 
 
-def show_answers(rows, path):
-    """Print each model's right answers after loop 12, the mean of its seeds.
-
-    Draw the first model loop by loop, with the others' lines.
-    """
-    tables = {label: np.mean([run["right"] for run in finished(row)], axis=0)
-              for label, row in rows.items()}
-    ends = {label: table[:12][-1] for label, table in tables.items()}
-    print_answers(ends)
-    first, *others = ends
-    save_picture(path, draw_answers, tables[first], {label: ends[label] for label in others})
+def cell(study, label, digits=3):
+    """A model's validation loss as the pages show it: mean ±half of the seeds' range (rate)."""
+    found, rate = losses(study, label), float(runs_of(study, label)[0]["rate"])
+    spread = f" ±{np.ptp(found) / 2:.{digits}f}" if len(found) > 1 else ""
+    return f"{found.mean():.{digits}f}{spread} ({rate * 1e3:g}e-3)"
 
 
-def draw_differences(axes, rows):
-    """Draw each loss minus that of one loop with the same compute, which comes before it in rows.
+def answers_of(label, loop):
+    """Right answers of the puzzle after a loop, by seed and steps: (seeds, 10)."""
+    rows = [row for row in read(ANSWERS) if (row["label"], row["loop"]) == (label, str(loop))]
+    return np.array([[float(row[steps]) for steps in STEPS] for row in rows])
 
-    The bars are the spreads of the seeds.
-    """
-    lines = {}  # {n_loop: points}
-    for row in rows.values():
-        run = finished(row)[0]
-        n_loop = len(run["loop_losses"])
-        if n_loop == 1:
-            base, tokens_per_parameter = row["mean"], run["tokens"] / run["params"]
-        point = (tokens_per_parameter, row["mean"] - base, row["spread"])
-        lines.setdefault(n_loop, []).append(point)
-    for n_loop, points in lines.items():
+
+def percent(share):
+    return f"{100 * share:.1f}".replace("100.0", "100")
+
+
+def markdown(head, rows):
+    """A table as Markdown, from its first line and its rows of cells."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
+
+
+def tables():
+    """Yield the tables and sentences with numbers of results/README.md and README.md."""
+    steps = range(4, 10)
+    for label in ("the loop", "the loop, AVX-512"):
+        rows = []
+        for loop in (8, 10, 12, 20):
+            shares = answers_of(label, loop)
+            rows.append([f"after loop {loop}"] + [
+                f"{percent(shares[:, i].mean())} ({percent(shares[:, i].min())})" for i in steps])
+        yield markdown(["", "4 steps", *map(str, steps[1:])], rows)
+    rows = []
+    for label in EXPERIMENTS["arrows"]:
+        shares = answers_of(label, 12)
+        shares = shares if len(shares) else answers_of(label, 1)    # without loops
+        rows.append([label, str(len(shares))] + [percent(shares[:, i].mean()) for i in steps])
+    yield markdown(["", "seeds", "4 steps", *map(str, steps[1:])], rows)
+
+
+# ---- pictures ----
+
+def draw_differences(axes):
+    """Draw each loss minus that of one loop with the same compute; bars: half the seeds' range."""
+    for n in (1, 2, 4, 6):
+        points = []
+        for flops in ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12"):
+            one = runs_of("compute", f"1 x, {flops} FLOPs")[0]
+            base = losses("compute", f"1 x, {flops} FLOPs").mean()
+            found = losses("compute", f"{n} x, {flops} FLOPs")
+            ratio = float(one["tokens"]) / float(one["params"])
+            points.append((ratio, found.mean() - base, np.ptp(found) / 2))
         x, y, spreads = zip(*points, strict=True)
-        axes.errorbar(x, y, spreads, fmt="o-", capsize=3, label=f"n_loop = {n_loop}")
+        axes.errorbar(x, y, spreads, fmt="o-", capsize=3, label=f"n_loop = {n}")
     axes.axhline(0, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_xticks(x, [f"{tokens:,.0f}" for tokens in x])
@@ -368,48 +459,46 @@ def draw_differences(axes, rows):
     axes.legend()
 
 
-def draw_gains(axes, rows):
-    """Draw each loss minus the mean of one block with the same optimizer: a dot for each seed."""
-    for i, optimizer in enumerate(train.OPTIMIZERS):
-        mine = {label: row for label, row in rows.items() if label.startswith(f"{optimizer}, ")}
-        base = next(iter(mine.values()))["mean"]
-        for place, row in enumerate(mine.values()):
-            gains = [run["val_loss"] - base for run in finished(row)]
-            name = optimizer if place == 0 else None    # one entry in the legend
-            axes.plot([place + i / 5] * len(gains), gains, "o", color=f"C{i}", label=name)
-            axes.plot(place + i / 5, row["mean"] - base, "_", color=f"C{i}", markersize=25)
-    axes.axhline(0, color="black", linewidth=1)
-    axes.set_xticks(range(len(mine)), [label.split(", ")[1] for label in mine])
-    axes.set(ylabel="validation loss minus that of one block with the same optimizer, nats",
-             title="what depth gains with each optimizer: lower is better, a dot for each seed")
-    axes.legend()
-
-
-def draw_gates(axes, rows):
-    """Draw the gates over the loops: a colour for each model, a line for each seed and group."""
-    for i, (label, row) in enumerate(rows.items()):
-        lines = [gates for run in finished(row) for gates in run["gates"]]
-        for gates in lines:
-            name = label if gates is lines[0] else None     # one entry in the legend
-            axes.plot(range(1, len(gates) + 1), gates, "o-", color=f"C{i}", label=name)
-    axes.set(xlabel="loop", ylabel="gate, mean over the channels", title="the gates after training")
-    axes.legend()
-
-
 def draw_curves(axes, folders):
     """Draw the training loss as a line, the validation loss as dots: a colour for each folder."""
     for i, folder in enumerate(folders):
-        records = {record["step"]: record for record in read_log(folder)}   # resumed: some twice
+        records = {}    # {step: what its records say}: a resumed run repeats steps
+        for record in read_log(folder):
+            records[record["step"]] = records.get(record["step"], {}) | record
+        label = name_of(folder)
         for name, style in (("loss", ".-"), ("val_loss", "o")):
-            points = [(step, record[name]) for step, record in records.items() if name in record]
-            label = folder if name == "val_loss" else None      # one entry in the legend
-            axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label)
+            points = [(step, records[step][name]) for step in sorted(records)
+                      if records[step].get(name) is not None]
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axes.plot(x, y, style, color=f"C{i}", label=label if name == "val_loss" else None)
     axes.set(xlabel="step", ylabel="loss, nats", title="line: training, dots: validation")
     axes.legend()
 
 
+def name_of(folder):
+    """A run's folder and the flags that are not the defaults, for a legend."""
+    path, name = Path(folder, "ckpt.pt"), str(folder)
+    if path.exists():
+        args, defaults = load_checkpoint(path)[1]["args"], vars(train.get_args([])[0])
+        name += "".join(f" --{flag}={value}" for flag, value in args.items()
+                        if value != defaults[flag] and not flag.endswith("_dir"))
+    # matplotlib reads $ as mathematics, and leaves out what begins with _
+    return " " + name.replace("$", r"\$")
+
+
+def pictures():
+    save_picture(HERE / "compute.png", draw_differences)
+    table = [answers_of("the loop", loop).mean(0) for loop in range(1, 13)]
+    ends = {"six separate blocks": answers_of("six separate blocks", 1).mean(0)}
+    save_picture(HERE / "arrows.png", draw_answers, table, ends)
+
+
 def main():
     command, *folders = sys.argv[1:] or ["--help"]
+    if command == "tables":
+        return print("\n\n".join(tables()))
+    if command == "pictures":
+        return pictures()
     if command == "curves":
         missing = [folder for folder in folders if not Path(folder, "log.jsonl").exists()]
         if missing or not folders:
