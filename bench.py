@@ -9,6 +9,9 @@ Times are medians. MFU, the model FLOPs utilization, is the share of what a GPU'
 of what one large matrix product reaches here. memory is the most that a step holds on a GPU. decode
 is the speed of writing a text.
 """
+import io
+import itertools
+import os
 import sys
 import time
 from functools import partial
@@ -117,40 +120,53 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-# ---- loops: what each loop of a checkpoint gains ----
+# ---- loops: what each loop gains on the puzzle ----
 
-TEST, VALIDATION = 1, 2     # seeds of maps: TEST is reported, study.py chooses by VALIDATION
+TEST = 1    # the seed of maps that no model has seen
 SCORING = PUZZLES["arrows"]["scoring"]
+# a model trained by --preset=arrows
+SHIPPED = Path(os.path.relpath(Path(__file__).parent / "results" / "arrows"))
 
 
 def loops(flags):
-    """Print how a model of the puzzle walks, and how many answers are right after each loop."""
+    """Show how a model of the puzzle walks, and how many answers are right after each loop."""
     parser = make_parser(loops.__doc__, "bench.py loops")
     add = parser.add_argument
-    add("--out_dir", default="out-arrows", help="the folder with train.py's ckpt.pt")
+    add("--out_dir", help="the folder with train.py's ckpt.pt; None: out-arrows if it has one, "
+        "else the model that comes with this code")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps")
     args = parser.parse_args(flags)
-    model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt", pick_device(args.device))
+    trained = args.out_dir or Path("out-arrows", "ckpt.pt").exists()
+    folder = Path(args.out_dir or "out-arrows") if trained else SHIPPED
+    print(f"the model in {folder}" if trained else f"the model that comes with this code, {folder}")
+    model, state = load_checkpoint(folder / "ckpt.pt", pick_device(args.device))
     if state["data"].get("puzzle") != SCORING or model.config.block_size < 67:
-        sys.exit(f"the model in {args.out_dir} was not trained by --preset=arrows: see its loops "
-                 f"with python sample.py --show_loops --out_dir={args.out_dir}")
-    print_walks(model.eval())
+        sys.exit(f"the model in {folder} was not trained by --preset=arrows: see its loops "
+                 f"with python sample.py --show_loops --out_dir={folder}")
+    walks = [walk(model.eval(), text) for text in make_arrows(4, TEST_CHAINS, TEST)]
+    print("map: where a, b, .. t point  question  way         after loop 1, 2, .. 12")
+    for text, way, said in walks:
+        print(f"{text:<28} {way[0]}>        {''.join(way)}  {' '.join(said)}")
     table = right_answers(model, n_loop=20)
     print_answers({f"after loop {n}": row for n, row in enumerate(table, start=1)})
     print("loops that --exit_kl=0.01 takes, of 12:")
     print(f"{'':<26} {' '.join(f'{n:5.2f}' for n in loops_to_settle(model))}")
-    save_picture(Path(args.out_dir) / "loops.png", draw_answers, table, {})
+    here = folder if trained else Path()
+    save_picture(here / "loops.png", draw_answers, table, {})
+    save_walk(here / "walk.gif", *walks[0])
 
 
 @torch.no_grad()
-def print_walks(model, count=4, n_loop=12):
-    """Print what the model answers after each loop to questions of 9 steps, and the right way."""
-    print(f"{'map: where a, b, .. t point':<28} question  way         after loop 1, 2, .. {n_loop}")
-    for text in make_arrows(count, TEST_CHAINS, TEST):
-        way = max((follow(read_map(text), letter) for letter in LETTERS), key=len)
-        idx = torch.tensor([list(f"{text[:20]}{way[0]}>".encode())]).to(model.wte.weight.device)
-        said = [model.logits(state, last=True).argmax() for state in model.states(idx, n_loop)]
-        print(f"{text[:20]:<28} {way[0]}>        {''.join(way)}  {' '.join(map(chr, said))}")
+def walk(model, text, n_loop=12):
+    """Ask where the longest way of a map ends. Return the map, the way and the model's answers.
+
+    There is an answer after each loop: a letter each.
+    """
+    points_to = read_map(text)
+    way = max((follow(points_to, letter) for letter in LETTERS), key=len)
+    idx = torch.tensor([list(f"{text[:20]}{way[0]}>".encode())], device=model.wte.weight.device)
+    said = [model.logits(state, last=True).argmax() for state in model.states(idx, n_loop)]
+    return text[:20], way, [chr(letter) for letter in said]
 
 
 def questions(count, seed):
@@ -178,7 +194,7 @@ def right_answers(model, n_loop, seed=TEST):
 def loops_to_settle(model, exit_kl=0.01, n_loop=12):
     """The mean number of loops that sample.py --exit_kl takes for answers of 0 .. 9 steps."""
     taken = [[] for _ in range(10)]
-    for text in make_arrows(50, TEST_CHAINS, TEST):
+    for text in make_arrows(20, TEST_CHAINS, TEST):
         for letter in text[20::3]:
             idx = torch.tensor([[*f"{text[:20]}{letter}>".encode()]])
             idx = idx.to(model.wte.weight.device)
@@ -220,6 +236,46 @@ def save_picture(path, draw, *args):
     draw(figure.subplots(), *args)
     figure.savefig(path, dpi=100)
     print(f"written: {path}")
+
+
+def save_walk(path, text, way, said):
+    """Write a moving picture of walk's answers, a frame a loop, if matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+        from PIL import Image   # which matplotlib brings
+    except ImportError:
+        return print(f"no picture {path}: pip install matplotlib")
+    frames = []
+    for n in range(len(said) + 1):
+        figure, file = Figure(figsize=(8, 2.3)), io.BytesIO()
+        draw_walk(figure.add_axes((0, 0, 1, 1)), read_map(text), way, said[:n])
+        figure.savefig(file, dpi=100)
+        frames.append(Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=32))
+    times = [1500] + [600] * (len(said) - 1) + [2500]   # milliseconds
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)
+    print(f"written: {path}")
+
+
+def draw_walk(axes, points_to, way, said):
+    """Draw the letters with their arrows as arcs, and what the model has said so far."""
+    from matplotlib.patches import Arc
+    answers = [way[0], *said]
+    taken = {(a, b) for a, b in itertools.pairwise(answers) if points_to[a] == b}
+    for a, b in points_to.items():
+        x, width = (LETTERS.index(a) + LETTERS.index(b)) / 2, LETTERS.index(b) - LETTERS.index(a)
+        color, line = ("tab:blue", 4) if (a, b) in taken else ("lightgrey", 2)
+        axes.add_patch(Arc((x, 0.7), width, 1.2 * width ** 0.7, theta2=180, color=color, lw=line))
+        if a == b:      # an end
+            axes.plot(x, 0, "o", markersize=27, markerfacecolor="none", color="grey")
+    axes.plot(LETTERS.index(answers[-1]), 0, "o", markersize=28, color="tab:blue")
+    for x, letter in enumerate(LETTERS):
+        axes.text(x, -0.05, letter, ha="center", va="center", fontsize=18,
+                  color="white" if letter == answers[-1] else "black")
+    title = (f"after loop {len(said)} the model says {said[-1]}" if said else
+             f"the question: where do the arrows from {way[0]} end?")
+    axes.text(9.5, 4.2, title, ha="center", fontsize=18)
+    axes.set(xlim=(-1, 20), ylim=(-1, 5), aspect="equal")
+    axes.axis("off")
 
 
 def main():

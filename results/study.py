@@ -52,8 +52,10 @@ STEPS = [str(steps) for steps in range(10)]     # of arrows.csv: the share of ri
 ONE_PASS = "--preset=arrows --n_loop_min=1 --n_loop=1 --compute_of='the loop'"
 SHORT = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
          "--eval_iters=640 --eval_interval=10000")
-SHAPES = {"1 block": "--n_layer=1", "1 block x 2": "--n_loop=2", "2 blocks": "--n_layer=2"}
-HEADS = {32: 2, 64: 2, 128: 2, 256: 4, 512: 8, 768: 12}     # heads of 64, but at least two
+SHAPES = {"1 block": "--n_layer=1", "1 block x 2": "--n_loop=2", "1 block x 6": "--n_loop=6",
+          "2 blocks": "--n_layer=2", "6 blocks": "--n_layer=6"}
+HEADS = {32: 2, 64: 2, 128: 4, 256: 4, 512: 8, 768: 12}
+BUDGETS = ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12")     # FLOPs
 # {study: {label: flags of train.py}}. --compute_of=LABEL gives a model the compute of that label,
 # which stands before it, or so many FLOPs.
 EXPERIMENTS = {
@@ -75,24 +77,26 @@ EXPERIMENTS = {
         "4 loops, compute of 6": "--n_loop=4 --compute_of='6 loops'",
         **{residual: f"--n_loop=6 --residual={residual}" for residual in train.RESIDUALS[1:]},
     },
-    "widths": {     # what a second loop gains, and a second block
+    "widths": {     # what loops gain, and blocks, on wider and wider models
         f"{width}, {optimizer}, {label}":
-            f"--n_embd={width} --n_head={heads} {flags} --optimizer={optimizer} "
-            f"--learning_rate={'4e-3' if optimizer == 'muon' else '2e-3'}"
-        for optimizer in ("muon", "adamw") for width, heads in HEADS.items()
-        for label, flags in {
-            **SHAPES, "1 block, compute of x 2":
-                f"--n_layer=1 --compute_of='{width}, {optimizer}, 1 block x 2'"}.items()
+            f"--n_embd={width} --n_head={heads} --optimizer={optimizer} {shape}"
+            f" --learning_rate={'4e-3' if optimizer == 'muon' else '2e-3'}"
+        for width, heads in HEADS.items() for optimizer in train.OPTIMIZERS
+        for label, shape in [*SHAPES.items(), (
+            "1 block, compute of x 2", f"--compute_of='{width}, {optimizer}, 1 block x 2'")]
+    },
+    "long": {       # four times the steps
+        f"{optimizer}, {label}":
+            f"--optimizer={optimizer} --learning_rate=4e-3 --max_steps=16000 {SHAPES[label]}"
+        for optimizer in train.OPTIMIZERS for label in ("1 block", "1 block x 2", "1 block x 6")
     },
     "compute": {    # five budgets
         f"{n} x, {flops} FLOPs": f"--n_embd=32 --n_loop={n} --compute_of={flops}"
-        for flops in ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12") for n in (1, 2, 4, 6)
+        for flops in BUDGETS for n in (1, 2, 4, 6)
     },
-    "optimizers": {
-        f"{optimizer}, {label}": f"--optimizer={optimizer} {flags}"
-        for optimizer in train.OPTIMIZERS
-        for label, flags in {"1 block": "--n_loop=1", "1 block x 2": "--n_loop=2",
-                             "1 block x 6": "--n_loop=6", "6 blocks": "--n_layer=6"}.items()
+    "formats": {
+        dtype: f"--n_embd=256 --n_head=4 --n_loop=2 --max_steps=2000 --optimizer=adamw "
+               f"--learning_rate=2e-3 --dtype={dtype}" for dtype in ("bfloat16", "float32")
     },
     "pairs": {      # the paper's two pairs, small, with both loop orders and controls
         "4 blocks": "--n_embd=32 --n_layer=4",
@@ -417,22 +421,65 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
 
 
+def gain(study, label, base):
+    """How much lower a model's mean loss is than that of base."""
+    return f"{losses(study, base).mean() - losses(study, label).mean():.3f}"
+
+
 def tables():
-    """Yield the tables and sentences with numbers of results/README.md and README.md."""
+    """Yield the tables and the sentences with numbers of results/README.md and README.md."""
     steps = range(4, 10)
-    for label in ("the loop", "the loop, AVX-512"):
-        rows = []
-        for loop in (8, 10, 12, 20):
-            shares = answers_of(label, loop)
-            rows.append([f"after loop {loop}"] + [
-                f"{percent(shares[:, i].mean())} ({percent(shares[:, i].min())})" for i in steps])
-        yield markdown(["", "4 steps", *map(str, steps[1:])], rows)
+    head = ["4 steps", *map(str, steps[1:])]
+    rows = []
+    for loop in (8, 10, 12, 20):
+        shares = np.concatenate([answers_of("the loop", loop), answers_of("the loop, AVX2", loop)])
+        rows.append([f"after loop {loop}"] + [
+            f"{percent(shares[:, i].mean())} ({percent(shares[:, i].min())})" for i in steps])
+    yield markdown(["ten runs", *head], rows)
     rows = []
     for label in EXPERIMENTS["arrows"]:
         shares = answers_of(label, 12)
         shares = shares if len(shares) else answers_of(label, 1)    # without loops
         rows.append([label, str(len(shares))] + [percent(shares[:, i].mean()) for i in steps])
-    yield markdown(["", "seeds", "4 steps", *map(str, steps[1:])], rows)
+    yield markdown(["after loop 12", "seeds", *head], rows)
+
+    models = ["1 loop", "2 loops", "4 loops", "6 loops"]
+    same = [*(f"{model}, compute of 6" for model in models[:3]), models[3]]
+    yield markdown(["", *models], [
+        ["4,000 steps", *(cell("text", model) for model in models)],
+        ["the compute of six loops", *(cell("text", model) for model in same)]])
+    found = [f"`{name}` ends at {losses('text', label).mean():.3f}" for name, label in
+             [("gated", "6 loops"), ("sum", "sum"), ("mean", "mean"), ("outer", "outer")]]
+    yield f"With six loops {', '.join(found)}."
+
+    rows = []
+    for width in HEADS:
+        label = f"{width}, muon, 1 block"
+        looped, deeper = f"{label} x 2", f"{width}, muon, 2 blocks"
+        gains = gain("widths", looped, label), gain("widths", deeper, label)
+        rows.append([str(width), *(cell("widths", name) for name in (label, looped, deeper)),
+                     *gains, f"{float(gains[0]) / float(gains[1]):.2f}"])
+    yield markdown(["width", "1 block", "1 block x 2", "2 blocks", "second loop gains",
+                    "second block gains", "share"], rows)
+
+    rows = []
+    for name, study, prefix in [("64 wide, 4,000 steps", "widths", "64, "),
+                                ("128 wide, 4,000 steps", "widths", "128, "),
+                                ("64 wide, 16,000 steps", "long", "")]:
+        row = [name]
+        for optimizer in ("muon", "adamw"):
+            base = f"{prefix}{optimizer}, 1 block"
+            row += [f"{losses(study, base).mean():.3f}", gain(study, f"{base} x 2", base),
+                    gain(study, f"{base} x 6", base)]
+        rows.append(row)
+    yield markdown(["", "Muon: 1 block", "x 2", "x 6", "AdamW: 1 block", "x 2", "x 6"], rows)
+
+    rows = [[label, cell("pairs", label)] for label in EXPERIMENTS["pairs"]]
+    yield markdown(["32 wide", "validation loss"], rows)
+    gaps = [losses("compute", f"6 x, {flops} FLOPs").mean()
+            - losses("compute", f"1 x, {flops} FLOPs").mean() for flops in BUDGETS]
+    yield (f"The gap of six loops to one shrinks as the budget grows: "
+           f"{', '.join(f'{gap:.2f}' for gap in gaps)}.")
 
 
 # ---- pictures ----
@@ -441,7 +488,7 @@ def draw_differences(axes):
     """Draw each loss minus that of one loop with the same compute; bars: half the seeds' range."""
     for n in (1, 2, 4, 6):
         points = []
-        for flops in ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12"):
+        for flops in BUDGETS:
             one = runs_of("compute", f"1 x, {flops} FLOPs")[0]
             base = losses("compute", f"1 x, {flops} FLOPs").mean()
             found = losses("compute", f"{n} x, {flops} FLOPs")
