@@ -125,7 +125,7 @@ def device_name(device):
 TEST = 1    # the seed of maps that no model has seen
 SCORING = PUZZLES["arrows"]["scoring"]
 # a model trained by --preset=arrows
-SHIPPED = Path(os.path.relpath(Path(__file__).parent / "results" / "arrows"))
+SHIPPED = Path(__file__).parent / "results" / "arrows"
 
 
 def loops(flags):
@@ -137,7 +137,7 @@ def loops(flags):
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps")
     args = parser.parse_args(flags)
     trained = args.out_dir or Path("out-arrows", "ckpt.pt").exists()
-    folder = Path(args.out_dir or "out-arrows") if trained else SHIPPED
+    folder = Path(args.out_dir or "out-arrows") if trained else Path(os.path.relpath(SHIPPED))
     print(f"the model in {folder}" if trained else f"the model that comes with this code, {folder}")
     model, state = load_checkpoint(folder / "ckpt.pt", pick_device(args.device))
     if state["data"].get("puzzle") != SCORING or model.config.block_size < 67:

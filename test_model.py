@@ -1205,7 +1205,7 @@ def test_bench_measures_what_its_flags_describe(tmp_path):
 
 
 @torch.no_grad()
-def test_bench_counts_the_right_answers(capsys):
+def test_bench_counts_the_right_answers():
     model = small(n_loop=3, vocab_size=257, block_size=68).float()
     model.wte.weight[list(b"opqrst")] *= 5  # its guesses are letters, and often ends
     texts = list(prepare.make_arrows(1000, prepare.TEST_CHAINS, bench.TEST))
@@ -1222,14 +1222,11 @@ def test_bench_counts_the_right_answers(capsys):
     assert np.array(bench.right_answers(model, 4)) == pytest.approx(expected, abs=0.001)
     assert bench.loops_to_settle(model, exit_kl=math.inf) == [2] * 10
     assert bench.loops_to_settle(model, exit_kl=0) == [12] * 10
-    bench.print_walks(model, count=2, n_loop=4)
-    for line, text in zip(capsys.readouterr().out.splitlines()[1:], texts[:2], strict=True):
-        shown, question, way, *said = line.split()
+    for text in texts[:2]:
+        shown, way, said = bench.walk(model, text, n_loop=4)
         assert shown == text[:20] and follow(text, way[0]) == (way[-1], 9) and len(way) == 10
-        assert question == f"{way[0]}>" and all(text[ord(a) - 97] == b
-                                               for a, b in itertools.pairwise(way))
-        idx = torch.tensor([[*f"{shown}{question}".encode()]])
-        states = by_hand(model, idx, 4)
+        assert all(text[ord(a) - 97] == b for a, b in itertools.pairwise(way))
+        states = by_hand(model, torch.tensor([[*f"{shown}{way[0]}>".encode()]]), 4)
         assert said == [chr(logits_by_hand(model, state)[0, -1].argmax()) for state in states]
 
 
@@ -1241,11 +1238,34 @@ def test_the_puzzle_is_prepared_trained_and_shown(tmp_path, monkeypatch):
     log = records(tmp_path / "out-arrows")
     assert [record["step"] for record in log] == list(range(21))    # twenty lines at least
     assert len(log[-1]["loop_losses"]) == PRESETS["arrows"]["n_loop"] and log[-1]["right"] < 0.5
-    lines = call(bench, "loops", "--out_dir=out-arrows", cwd=tmp_path).splitlines()
-    assert [line.split()[2] for line in lines[7:27]] == [f"{n}" for n in range(1, 21)]
-    assert len(lines[26].split()) == 13 and "--exit_kl" in lines[27]
-    picture = tmp_path / "out-arrows" / "loops.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    # in the other folder there is none, so it takes the one that comes with the code
+    for cwd, folder, whose in ((tmp_path, tmp_path / "out-arrows", "in out-arrows\n"),
+                               (tmp_path / "data-arrows", tmp_path / "data-arrows", "that comes")):
+        out = call(bench, "loops", cwd=cwd)
+        assert out.startswith(f"the model {whose}") and "loops that --exit_kl=0.01 takes" in out
+        assert (folder / "loops.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / "walk.gif").read_bytes().startswith(b"GIF89a")
+        right = {int(n): [float(share) for share in shares.split()]
+                 for n, shares in re.findall(r"^after loop (\d+) +(.*)$", out, re.MULTILINE)}
+        assert [*right] == list(range(1, 21)) and {len(shares) for shares in right.values()} == {10}
+    assert min(right[12] + right[20]) > 98
+    prompt = "--prompt=bfdehgjiklmpnosqrtst"
+    for letter, end in (("a", "t"), ("c", "s"), ("t", "t")):
+        out = call(sample, f"--out_dir={bench.SHIPPED}", "--n_loop=12", "--exit_kl=0.01",
+                   "--temperature=0", "--max_new_tokens=1", f"{prompt}{letter}>", cwd=tmp_path)
+        assert out == f"{prompt[9:]}{letter}>{end}\n"
+
+
+@torch.no_grad()
+def test_a_walk_is_drawn_with_its_slips():
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Arc
+    axes, points_to = Figure().subplots(), prepare.read_map("bfdehgjiklmpnosqrtst")
+    bench.draw_walk(axes, points_to, [*"abf"], [*"abl"])    # l is a slip, so no arrow leads there
+    arcs = [patch for patch in axes.patches if isinstance(patch, Arc)]
+    blue = [patch for patch in arcs if patch.get_linewidth() == 4]
+    assert len(arcs) == 20 and [(arc.center[0], arc.width) for arc in blue] == [(0.5, 1)]
+    assert "after loop 3 the model says l" in [text.get_text() for text in axes.texts]
 
 
 # ---- the messages that a user of the README can meet ----

@@ -16,12 +16,13 @@ if [ "$TOY" ]; then
   T="--n_embd=64 --n_head=2 --block_size=64 --batch_size=2 --max_steps=20 --warmup_steps=5"
   MODEL="$MODEL --n_layer=2 $T"; LOOPED="$LOOPED --n_layer=2 --n_loop=2 $T"; SMALL="$SMALL $T"
   LAYERS=1; PUZZLE="--max_steps=2"; BATCHES="2"; fi
-FIRST="--batch_size=${BATCHES%% *}"; PADDED="--vocab_size=50304"; BEST="best $MODEL $FIRST $PADDED"
+FIRST="--batch_size=${BATCHES%% *}"; PADDED="--vocab_size=50304"; BEST="$MODEL $FIRST $PADDED"
 RUN="train.py $SMALL --batch_size=4 --max_steps=20 --warmup_steps=5 --eval_interval=1000"
 part 150 "it works: compiled equals eager, resume, one process over nccl" "nvidia-smi
   for how in --no-compile --compile; do python $RUN --out_dir=out-gpu \$how; done
   python train.py --resume --out_dir=out-gpu --max_steps=40
-  torchrun --standalone --nproc_per_node=1 $RUN --out_dir=out-gpu2 | tail -n 2"
+  torchrun --standalone --nproc_per_node=1 $RUN --out_dir=out-gpu2
+  tail -n 1 out-gpu*/log.jsonl"
 part 60 "the puzzle" "python prepare.py arrows; python train.py --preset=arrows $PUZZLE"
 part 60 "speed: 50257 tokens" "python bench.py speed $MODEL $FIRST"
 for batch in $BATCHES; do part 60 "speed: batch $batch, 50304 tokens" \
@@ -29,10 +30,10 @@ for batch in $BATCHES; do part 60 "speed: batch $batch, 50304 tokens" \
 for how in "" --checkpoint_loops; do
   part 60 "speed: loops $how" "python bench.py speed $LOOPED $FIRST $how"; done
 for off in flash cudnn; do part 60 "speed: without $off attention" "python -c 'import torch, bench
-torch.backends.cuda.enable_${off}_sdp(False); bench.measure(\"$BEST\".split())'"; done
+torch.backends.cuda.enable_${off}_sdp(False); bench.measure(\"without $off\", \"$BEST\".split())'"; done
 part 90 "speed: the whole model compiled" "python -c 'import bench, train
 train.compile_blocks = lambda model: model.compile(dynamic=False)
-bench.measure(\"$BEST --compile\".split())'"
+bench.measure(\"whole model\", \"$BEST --compile\".split())'"
 [ "$NANOGPT" ] && part 60 "nanoGPT, the same step" 'cd "$NANOGPT" && python - <<PY
 import time, torch
 from model import GPT, GPTConfig

@@ -289,7 +289,13 @@ def get_args(argv):
         parser.error(f"name an experiment ({', '.join(EXPERIMENTS)}) or the flags of models")
     if experiment:
         return args, args.name or experiment, EXPERIMENTS[experiment], extra
-    return args, args.name or "own", {part: part for part in extra}, []
+    # a label is what a model has beside the flags that all begin with
+    words = [part.split() for part in extra]
+    shared = len(os.path.commonprefix(words)) if len(words) > 1 else 0
+    while any(len(each) > shared and not each[shared].startswith("--") for each in words):
+        shared -= 1
+    labels = [" ".join(each[shared:]) or "with nothing else" for each in words]
+    return args, args.name or "own", dict(zip(labels, extra, strict=True)), []
 
 
 def study(argv):
