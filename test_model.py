@@ -24,6 +24,7 @@ import tarfile
 import threading
 from contextlib import chdir, nullcontext, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,8 @@ from train import PRESETS, get_batch, get_lr
 torch.set_num_threads(1)  # as in the runs below: one core is fastest for models this small
 HERE = Path(__file__).parent
 LAYOUTS = [(0, None), (0, 2), (1, 2), (1, 3)]  # loop_start, loop_end of three blocks
-VARIANTS = [*({"residual": residual} for residual in RESIDUALS), {"loop_order": "block"}]
+LOOPS = [*({"residual": residual} for residual in RESIDUALS), {"loop_order": "block"}]
+VARIANTS = [*LOOPS]     # add the fields of your fork here, such as {"rope": True}
 in_every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 in_every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
@@ -52,8 +54,9 @@ in_every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def start(script, *args, cwd):
     """Start a script of ours as a user does, in a process of its own."""
     env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)   # also if pytest ignores Ctrl-C
     return subprocess.Popen([sys.executable, HERE / script, *args], cwd=cwd, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
 
 
 def call(script, *flags, cwd):
@@ -628,7 +631,7 @@ def test_gpt2_equals_hugging_face_and_one_loop_is_gpt2_bit_for_bit(hugging_face)
     expected, (gpt2, _) = theirs(idx).logits, load_pretrained(path)
     logits = gpt2(idx)
     assert (logits - expected).abs().max() < 1e-4
-    for (start, end), variant in itertools.product(LAYOUTS, VARIANTS):
+    for (start, end), variant in itertools.product(LAYOUTS, LOOPS):
         one, five = (change_layout(gpt2, replace(gpt2.config, n_loop=n, loop_start=start,
                                                  loop_end=end, **variant)) for n in (1, 5))
         assert torch.equal(one(idx), logits) == (one.config.residual not in NOT_GPT2)

@@ -49,7 +49,6 @@ COLUMNS = ("study", "label", "flags", "rate", "seed", "trial", "val_loss", "righ
            "tokens", "flops", "flops_counted", "seconds", "cpu", "torch", "threads", "dtype",
            "data", "code")
 STEPS = [str(steps) for steps in range(10)]     # of arrows.csv: the share of right answers
-ONE_PASS = "--preset=arrows --n_loop_min=1 --n_loop=1 --compute_of='the loop'"
 SHORT = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
          "--eval_iters=640 --eval_interval=10000")
 SHAPES = {"1 block": "--n_layer=1", "1 block x 2": "--n_loop=2", "1 block x 6": "--n_loop=6",
@@ -63,9 +62,8 @@ EXPERIMENTS = {
         "the loop": "--preset=arrows",
         "without dropout": "--preset=arrows --dropout=0",
         "without gates": "--preset=arrows --residual=sum",
-        "always eight loops": "--preset=arrows --n_loop_min=8 --n_loop=8",
-        "six separate blocks": f"{ONE_PASS} --n_layer=6 --learning_rate=1e-3",
-        "one forward pass": f"{ONE_PASS} --learning_rate=1e-3",
+        "six separate blocks": "--preset=arrows --n_loop_min=1 --n_loop=1 --n_layer=6 "
+                               "--learning_rate=1e-3 --compute_of='the loop'",
     },
     "text": {       # equal data, then equal compute, where lower rates are better
         "1 loop": "--n_loop=1",
@@ -427,65 +425,72 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
 
 
-def gain(study, label, base):
-    """How much lower a model's mean loss is than that of base."""
-    return f"{losses(study, base).mean() - losses(study, label).mean():.3f}"
+def gains(study, label, base):
+    """How much lower a model's seeds end than the mean of base."""
+    return losses(study, base).mean() - losses(study, label)
+
+
+def has(study, *labels):
+    return set(labels) <= {row["label"] for row in read(RUNS) if row["study"] == study}
 
 
 def tables():
     """Yield the tables and the sentences with numbers of results/README.md and README.md."""
-    steps = range(4, 10)
-    head = ["4 steps", *map(str, steps[1:])]
-    rows = []
-    for loop in (8, 10, 12, 20):
-        shares = np.concatenate([answers_of("the loop", loop), answers_of("the loop, AVX2", loop)])
-        rows.append([f"after loop {loop}"] + [
-            f"{percent(shares[:, i].mean())} ({percent(shares[:, i].min())})" for i in steps])
-    yield markdown(["ten runs", *head], rows)
-    rows = []
-    for label in EXPERIMENTS["arrows"]:
-        shares = answers_of(label, 12)
-        shares = shares if len(shares) else answers_of(label, 1)    # without loops
-        rows.append([label, str(len(shares))] + [percent(shares[:, i].mean()) for i in steps])
-    yield markdown(["after loop 12", "seeds", *head], rows)
-
+    yield from puzzle_tables()
     models = ["1 loop", "2 loops", "4 loops", "6 loops"]
     same = [*(f"{model}, compute of 6" for model in models[:3]), models[3]]
-    yield markdown(["", *models], [
+    yield markdown(["64 wide", *models], [
         ["4,000 steps", *(cell("text", model) for model in models)],
         ["the compute of six loops", *(cell("text", model) for model in same)]])
-    found = [f"`{name}` ends at {losses('text', label).mean():.3f}" for name, label in
-             [("gated", "6 loops"), ("sum", "sum"), ("mean", "mean"), ("outer", "outer")]]
+    names = {"gated": "6 loops", "sum": "sum", "mean": "mean", "outer": "outer"}
+    found = [f"`{name}` ends at {cell('text', label)}" for name, label in names.items()]
     yield f"With six loops {', '.join(found)}."
 
     rows = []
     for width in HEADS:
-        label = f"{width}, muon, 1 block"
-        looped, deeper = f"{label} x 2", f"{width}, muon, 2 blocks"
-        gains = gain("widths", looped, label), gain("widths", deeper, label)
-        rows.append([str(width), *(cell("widths", name) for name in (label, looped, deeper)),
-                     *gains, f"{float(gains[0]) / float(gains[1]):.2f}"])
-    yield markdown(["width", "1 block", "1 block x 2", "2 blocks", "second loop gains",
-                    "second block gains", "share"], rows)
+        one, two, deeper = (f"{width}, muon, {shape}" for shape in list(SHAPES)[:3])
+        if has("widths", one, two, deeper):
+            loop, block = gains("widths", two, one).mean(), gains("widths", deeper, one).mean()
+            rows.append([str(width), *(cell("widths", label) for label in (one, two, deeper)),
+                         f"{loop:.3f}", f"{block:.3f}", f"{loop / block:.2f}"])
+    yield markdown(["width", *list(SHAPES)[:3], "a second loop gains", "a second block",
+                    "share"], rows)
 
     rows = []
     for name, study, prefix in [("64 wide, 4,000 steps", "widths", "64, "),
                                 ("128 wide, 4,000 steps", "widths", "128, "),
                                 ("64 wide, 16,000 steps", "long", "")]:
         row = [name]
-        for optimizer in ("muon", "adamw"):
-            base = f"{prefix}{optimizer}, 1 block"
-            row += [f"{losses(study, base).mean():.3f}", gain(study, f"{base} x 2", base),
-                    gain(study, f"{base} x 6", base)]
+        for base in (f"{prefix}muon, 1 block", f"{prefix}adamw, 1 block"):
+            row += [f"{losses(study, base).mean():.3f}",
+                    *(f"{gains(study, f'{base} x {n}', base).mean():.3f}" for n in (2, 6))]
         rows.append(row)
     yield markdown(["", "Muon: 1 block", "x 2", "x 6", "AdamW: 1 block", "x 2", "x 6"], rows)
 
-    rows = [[label, cell("pairs", label)] for label in EXPERIMENTS["pairs"]]
-    yield markdown(["32 wide", "validation loss"], rows)
-    gaps = [losses("compute", f"6 x, {flops} FLOPs").mean()
-            - losses("compute", f"1 x, {flops} FLOPs").mean() for flops in BUDGETS]
+    rows = [[label, runs_of("pairs", label)[0]["params"], cell("pairs", label)]
+            for label in EXPERIMENTS["pairs"]]
+    yield markdown(["32 wide", "parameters", "validation loss"], rows)
+    gaps = [-gains("compute", f"6 x, {flops} FLOPs", f"1 x, {flops} FLOPs").mean()
+            for flops in BUDGETS]
     yield (f"The gap of six loops to one shrinks as the budget grows: "
            f"{', '.join(f'{gap:.2f}' for gap in gaps)}.")
+
+
+def puzzle_tables():
+    head = ["4 steps", *map(str, range(5, 10))]
+    rows = []
+    for loop in (8, 10, 12, 20):
+        runs = [answers_of(label, loop)[:, 4:] for label in ("the loop", "the loop, AVX2")]
+        runs = np.concatenate(runs)     # (seeds, 6)
+        rows.append([f"after loop {loop}"] + [
+            f"{percent(mean)} ({percent(low)})" for mean, low in zip(runs.mean(0), runs.min(0),
+                                                                     strict=True)])
+    yield markdown([f"{len(runs)} runs", *head], rows)
+    rows = []
+    for label in EXPERIMENTS["arrows"]:
+        runs = answers_of(label, 1 if "separate" in label else 12)[:, 4:]
+        rows.append([label, str(len(runs)), *map(percent, runs.mean(0))])
+    yield markdown(["in the end", "seeds", *head], rows)
 
 
 # ---- pictures ----
@@ -509,6 +514,31 @@ def draw_differences(axes):
     axes.set(xlabel="tokens per parameter that one loop reads with this compute",
              ylabel="validation loss minus that of one loop, nats",
              title="below the black line, loops are the better use of the compute")
+    axes.legend()
+
+
+def draw_widths(axes):
+    """Draw what a second loop and a second block gain over one block: a dot for each seed."""
+    for color, optimizer, shape, name in [("C0", "muon", "1 block x 2", "a second loop (Muon)"),
+                                          ("C1", "muon", "2 blocks", "a second block (Muon)"),
+                                          ("C2", "adamw", "1 block x 2", "a second loop (AdamW)")]:
+        x, means = [], []
+        for width in HEADS:
+            base, label = f"{width}, {optimizer}, 1 block", f"{width}, {optimizer}, {shape}"
+            if has("widths", base, label):
+                dots = gains("widths", label, base)
+                axes.plot([width] * len(dots), dots, "o", color=color, alpha=0.6)
+                x.append(width)
+                means.append(dots.mean())
+        axes.plot(x, means, "-", color=color, label=name)
+    axes.plot(768, 0.31, "*", color="black", markersize=14,
+              label="a second loop in the paper: other text, longer context, more steps")
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xticks(list(HEADS), list(HEADS))
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="width of the block", ylabel="how much lower the validation loss is, nats",
+             title="what one block gains from a second loop")
     axes.legend()
 
 
@@ -540,6 +570,7 @@ def name_of(folder):
 
 
 def pictures():
+    save_picture(HERE / "widths.png", draw_widths)
     save_picture(HERE / "compute.png", draw_differences)
     table = [answers_of("the loop", loop).mean(0) for loop in range(1, 13)]
     ends = {"six separate blocks": answers_of("six separate blocks", 1).mean(0)}
