@@ -470,10 +470,13 @@ def tables():
     rows = [[label, runs_of("pairs", label)[0]["params"], cell("pairs", label)]
             for label in EXPERIMENTS["pairs"]]
     yield markdown(["32 wide", "parameters", "validation loss"], rows)
-    gaps = [-gains("compute", f"6 x, {flops} FLOPs", f"1 x, {flops} FLOPs").mean()
-            for flops in BUDGETS]
-    yield (f"The gap of six loops to one shrinks as the budget grows: "
-           f"{', '.join(f'{gap:.2f}' for gap in gaps)}.")
+    rows = []
+    for flops in BUDGETS:
+        labels = [f"{n} x, {flops} FLOPs" for n in (1, 2, 4, 6)]
+        one = runs_of("compute", labels[0])[0]
+        ratio = float(one["tokens"]) / float(one["params"])
+        rows.append([flops, f"{ratio:,.0f}", *(cell("compute", label) for label in labels)])
+    yield markdown(["FLOPs", "tokens per parameter", *models], rows)
 
 
 def puzzle_tables():
@@ -494,28 +497,6 @@ def puzzle_tables():
 
 
 # ---- pictures ----
-
-def draw_differences(axes):
-    """Draw each loss minus that of one loop with the same compute; bars: half the seeds' range."""
-    for n in (1, 2, 4, 6):
-        points = []
-        for flops in BUDGETS:
-            one = runs_of("compute", f"1 x, {flops} FLOPs")[0]
-            base = losses("compute", f"1 x, {flops} FLOPs").mean()
-            found = losses("compute", f"{n} x, {flops} FLOPs")
-            ratio = float(one["tokens"]) / float(one["params"])
-            points.append((ratio, found.mean() - base, np.ptp(found) / 2))
-        x, y, spreads = zip(*points, strict=True)
-        axes.errorbar(x, y, spreads, fmt="o-", capsize=3, label=f"n_loop = {n}")
-    axes.axhline(0, color="black", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xticks(x, [f"{tokens:,.0f}" for tokens in x])
-    axes.set_xticks([], minor=True)
-    axes.set(xlabel="tokens per parameter that one loop reads with this compute",
-             ylabel="validation loss minus that of one loop, nats",
-             title="below the black line, loops are the better use of the compute")
-    axes.legend()
-
 
 def draw_widths(axes):
     """Draw what a second loop and a second block gain over one block: a dot for each seed."""
@@ -571,7 +552,6 @@ def name_of(folder):
 
 def pictures():
     save_picture(HERE / "widths.png", draw_widths)
-    save_picture(HERE / "compute.png", draw_differences)
     table = [answers_of("the loop", loop).mean(0) for loop in range(1, 13)]
     ends = {"six separate blocks": answers_of("six separate blocks", 1).mean(0)}
     save_picture(HERE / "arrows.png", draw_answers, table, ends)
