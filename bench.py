@@ -123,13 +123,17 @@ def device_name(device):
 # ---- loops: what each loop gains on the puzzle ----
 
 TEST = 1    # the seed of maps that no model has seen
+LOOPS = 12  # of a walk: nine steps, and some to settle
 SCORING = PUZZLES["arrows"]["scoring"]
 # a model trained by --preset=arrows
 SHIPPED = Path(__file__).parent / "results" / "arrows"
 
 
 def loops(flags):
-    """Show how a model of the puzzle walks, and how many answers are right after each loop."""
+    """Show how a model of the puzzle walks, and how many answers are right after each loop.
+
+    Writes loops.png and walk.gif beside the model, or here if it is the one that comes with us.
+    """
     parser = make_parser(loops.__doc__, "bench.py loops")
     add = parser.add_argument
     add("--out_dir", help="the folder with train.py's ckpt.pt; None: out-arrows if it has one, "
@@ -144,12 +148,12 @@ def loops(flags):
         sys.exit(f"the model in {folder} was not trained by --preset=arrows: see its loops "
                  f"with python sample.py --show_loops --out_dir={folder}")
     walks = [walk(model.eval(), text) for text in make_arrows(4, TEST_CHAINS, TEST)]
-    print("map: where a, b, .. t point  question  way         after loop 1, 2, .. 12")
+    print(f"map: where a, b, .. t point  question  way         after loop 1, 2, .. {LOOPS}")
     for text, way, said in walks:
         print(f"{text:<28} {way[0]}>        {''.join(way)}  {' '.join(said)}")
     table = right_answers(model, n_loop=20)
     print_answers({f"after loop {n}": row for n, row in enumerate(table, start=1)})
-    print("loops that --exit_kl=0.01 takes, of 12:")
+    print(f"loops that --exit_kl=0.01 takes, of {LOOPS}:")
     print(f"{'':<26} {' '.join(f'{n:5.2f}' for n in loops_to_settle(model))}")
     here = folder if trained else Path()
     save_picture(here / "loops.png", draw_answers, table, {})
@@ -157,16 +161,17 @@ def loops(flags):
 
 
 @torch.no_grad()
-def walk(model, text, n_loop=12):
+def walk(model, text, n_loop=LOOPS):
     """Ask where the longest way of a map ends. Return the map, the way and the model's answers.
 
     There is an answer after each loop: a letter each.
     """
     points_to = read_map(text)
     way = max((follow(points_to, letter) for letter in LETTERS), key=len)
-    idx = torch.tensor([list(f"{text[:20]}{way[0]}>".encode())], device=model.wte.weight.device)
+    text = text[:len(LETTERS)]
+    idx = torch.tensor([[*f"{text}{way[0]}>".encode()]], device=model.wte.weight.device)
     said = [model.logits(state, last=True).argmax() for state in model.states(idx, n_loop)]
-    return text[:20], way, [chr(letter) for letter in said]
+    return text, way, [chr(letter) for letter in said]
 
 
 def questions(count, seed):
@@ -174,7 +179,8 @@ def questions(count, seed):
     texts = list(make_arrows(count, TEST_CHAINS, seed))
     rows = torch.tensor([list(text.encode()) for text in texts])
     x, y = train.inputs_and_targets(rows, torch.device("cpu"), SCORING)
-    steps = [[len(follow(read_map(text), letter)) - 1 for letter in text[20::3]] for text in texts]
+    steps = [[len(follow(read_map(text), letter)) - 1 for letter in text[len(LETTERS)::3]]
+             for text in texts]
     return x, y, torch.tensor(steps)
 
 
@@ -191,12 +197,12 @@ def right_answers(model, n_loop, seed=TEST):
     return [[one[steps == number].float().mean().item() for number in range(10)] for one in right]
 
 
-def loops_to_settle(model, exit_kl=0.01, n_loop=12):
+def loops_to_settle(model, exit_kl=0.01, n_loop=LOOPS):
     """The mean number of loops that sample.py --exit_kl takes for answers of 0 .. 9 steps."""
     taken = [[] for _ in range(10)]
     for text in make_arrows(20, TEST_CHAINS, TEST):
-        for letter in text[20::3]:
-            idx = torch.tensor([[*f"{text[:20]}{letter}>".encode()]])
+        for letter in text[len(LETTERS)::3]:
+            idx = torch.tensor([[*f"{text[:len(LETTERS)]}{letter}>".encode()]])
             idx = idx.to(model.wte.weight.device)
             _, n = next(generate(model, idx, 1, n_loop=n_loop, exit_kl=exit_kl))
             taken[len(follow(read_map(text), letter)) - 1].append(n)
@@ -212,8 +218,8 @@ def print_answers(rows):
 
 
 def draw_answers(axes, table, others):
-    """Draw right_answers after loop 1 .. 12 as colours, and the others, {label: row (10,)}."""
-    rows = {f"after loop {n}": row for n, row in enumerate(table[:12], start=1)} | others
+    """Draw right_answers after loop 1 .. LOOPS as colours, and the others, {label: row (10,)}."""
+    rows = {f"after loop {n}": row for n, row in enumerate(table[:LOOPS], start=1)} | others
     shares = 100 * np.array(list(rows.values()))
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     axes.figure.colorbar(image, label="right answers in %: a blind guess has 50")

@@ -7,16 +7,14 @@ blocks n_loop times. Each loop adds a predicted residual to the state, through a
     x(n) = x(n-1) + a_n * f(x(n-1)),    n = 1 .. n_loop
 
 We take f for what the blocks add to the state. a_n has a number for each channel. The parameters
-stay the same, the compute grows. The loop is the inner `for` of GPT.states, the equation stands in
-GPT.loop.
+stay the same, the compute grows. The loop is in GPT.states, the equation in GPT.loop.
 
     model = GPT(GPTConfig(n_layer=6, n_loop=6))     # the paper's 81M model
     logits = model(idx)                             # (B, T) -> (B, T, V)
     loss = model(idx, targets)                      # (B, T) and (B, T) -> (), in nats
 
 GPT-2 is Radford et al., Language Models are Unsupervised Multitask Learners, 2019. The loop is
-Ng & Wang, Loop Neural Networks for Parameter Sharing, arXiv 2409.14199. Version 3 of the paper adds
-the gate. We could not get its text, only reviews that describe it.
+Ng & Wang, Loop Neural Networks for Parameter Sharing, arXiv 2409.14199; the gate is in version 3.
 """
 import json
 import math
@@ -31,15 +29,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 RESIDUALS = ("gated", "sum", "mean", "outer")    # the variants of the equation, see GPT.loop
-NOT_GPT2 = {"outer"}                            # with one loop, the others are GPT-2
+NOT_GPT2 = {"outer"}                            # those that differ from GPT-2 even with one loop
 LOOP_ORDERS = ("stack", "block")                # see GPT.states
-MATRICES = {"wte", "wpe", "c_attn", "c_proj", "c_fc"}   # GPT-2's layers with a matrix
-OTHERS = {"ln_1", "ln_2", "ln_f", "gates"}              # its norms, and the loop's gates
+MATRICES = {"wte", "wpe", "c_attn", "c_proj", "c_fc"}   # GPT-2's layers that have a matrix
+NORMS_AND_GATES = {"ln_1", "ln_2", "ln_f", "gates"}     # the other parameters that we have
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a model, by default GPT-2's. ValueError: the numbers do not fit together."""
+    """The shape of a model, by default GPT-2's. Raises ValueError if numbers don't fit together."""
     block_size: int = 1024
     vocab_size: int = 50257
     n_layer: int = 12
@@ -94,7 +92,7 @@ class KVCache:
         return entry[:, :, :, :end]
 
     def skip(self, n, N, blocks):
-        """Give the skipped loops n + 1 .. N the newest position's keys and values of loop n."""
+        """Copy the newest position's keys and values from loop n to the skipped ones n + 1 .. N."""
         for i in blocks:
             last = self.entries[n, i]
             for skipped in range(n + 1, N + 1):
@@ -120,7 +118,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)              # of all S >= T positions: (B, nh, S, hs)
         dropout = self.dropout if self.training else 0.0
-        # T > 1 means no cache or an empty one, see update: the mask is T x T. T = 1 sees all S
+        # T > 1: nothing was cached yet, see update, so a T x T mask. T = 1: it sees all S, no mask
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)     # (B, nh, T, hs) -> (B, T, C), heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -199,10 +197,10 @@ class GPT(nn.Module):
             nn.init.normal_(p, std=std * self.loop_scale(name))
 
     def loop_scale(self, name):
-        """The factor on a parameter's first standard deviation, and on its learning rate.
+        """The factor on a parameter's initial standard deviation, and on its learning rate.
 
-        What a looped block's c_proj puts out is added to x in each of N loops: so its factor is
-        1/N. It is 1 for all others, and in mean, which divides by N itself.
+        What a looped block's c_proj.weight puts out is added to x in each of N loops: so its factor
+        is 1/N. It is 1 for all others, and in mean, which divides by N itself.
         """
         c = self.config
         if layer_of(name) != "c_proj" or name.endswith("bias") or c.residual == "mean":
@@ -247,7 +245,7 @@ class GPT(nn.Module):
         start, end = self.groups[group]
         y = self.blocks(start, end, x, cache, n)    # y = x + g(x)
         residual = self.config.residual
-        if residual == "gated" and self.gates is not None:
+        if self.gates is not None:                  # gated
             last = self.config.n_loop               # more loops use the last gate again
             a = self.gates[group, min(n, last) - 1]     # (C,)
             return x.lerp(y, a)                     # x + a * g(x), exact at a = 0 and a = 1
@@ -311,15 +309,15 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=Non
     block_size = model.config.block_size
     cache, new = KVCache(block_size), idx
     if 1 < idx.size(1) <= block_size:
-        next_logits(model, idx[:, :-1], N, cache)   # the prompt but its last token, with all loops
+        next_logits(model, idx[:, :-1], N, cache)
         cache.length, new = idx.size(1) - 1, idx[:, -1:]
     for _ in range(max_new_tokens):
         if idx.size(1) > block_size:
             cache, new = None, idx[:, -block_size:]
         onednn = torch.backends.mkldnn.enabled
         if new.numel() == 1 and model.wte.weight.dtype == torch.bfloat16:
-            torch.backends.mkldnn.enabled = False   # it takes longer to repack a matrix than to
-        try:                                        # multiply one token by it
+            torch.backends.mkldnn.enabled = False   # repacking a matrix takes longer than using it
+        try:
             logits, loops = next_logits(model, new, N, cache, exit_kl)
         finally:
             torch.backends.mkldnn.enabled = onednn
@@ -401,16 +399,15 @@ def pick_device(name):
 def pick_dtype(name, device, n_embd):
     """Return the torch.dtype of that name. auto is bfloat16 where that is faster, else float32.
 
-    bfloat16 is faster where the hardware computes in it. On a CPU the model must be at least 256
-    wide, where a step with AdamW takes 0.6 of the time and a new token half of it. Narrower models
-    gain less, and the puzzle, which must be exact, is 128 wide.
+    bfloat16 is faster where the hardware computes in it, and the model is at least 256 wide.
+    Narrower models gain little, and the puzzle's, which must be exact, is 128 wide.
     """
     if name != "auto":
         return getattr(torch, name)
     faster = False
-    if device.type == "cuda":
+    if n_embd >= 256 and device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and n_embd >= 256:
+    elif n_embd >= 256 and device.type == "cpu":
         has = torch.cpu.get_capabilities()      # the processor's; torch may be told to use less
         on_x86 = has.get("avx512_bf16") or has.get("amx_bf16")
         faster = has.get("bf16") or (on_x86 and torch.backends.cpu.get_cpu_capability() == "AVX512")
@@ -428,12 +425,13 @@ def save_checkpoint(path, model, **state):
 
 
 def load_checkpoint(path, device="cpu"):
-    """Return (model, state) as they were saved, the model on device. Exits if there is no file.
+    """Return (model, state) as they were saved, the model on device. Exits if path is none.
 
     Only tensors and plain values are loaded: no code in the file is ever run.
     """
     if not Path(path).is_file():
-        sys.exit(f"no checkpoint {path}: train one with python train.py")
+        folder = Path(path).parent
+        sys.exit(f"no checkpoint {path}: train one with python train.py --out_dir={folder}")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "config" not in state:
         sys.exit(f"{path} is not a checkpoint: name a ckpt.pt of train.py")
@@ -470,7 +468,7 @@ def load_pretrained(path):
         weights.pop("lm_head.weight", None)
     model = GPT(GPTConfig(block_size=len(wpe), n_layer=len(blocks), n_head=wte.size(1) // 64,
                           n_embd=wte.size(1), bias="ln_f.bias" in weights))
-    known = MATRICES | OTHERS
+    known = MATRICES | NORMS_AND_GATES
     own = {name: p for name, p in model.state_dict().items() if layer_of(name) not in known}
     try:
         model.load_state_dict(own | weights)    # what a fork added starts as the fork made it

@@ -52,15 +52,15 @@ def get_tokenizer(name):
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # no network, or a damaged download
         sys.exit(f"GPT-2's vocabulary could not be downloaded ({error}): "
-                 "connect once, or train on bytes: python prepare.py --tokenizer=byte")
+                 "connect once; bytes need no download: python prepare.py --tokenizer=byte")
 
 
 def split_documents(documents, one_in):
-    """Yield (split, text), with an EOT after each document.
+    """Yield (split, text).
 
     One document in `one_in` is for validation. The hash of its text decides, so no document is in
-    both splits, and the order of files does not matter. Fewer than 100 documents are too few for
-    that: each is cut at 90%, and EOTs stand between the parts.
+    both splits, and the order of files does not matter. An EOT follows each document. Fewer than
+    100 documents are too few for that: each is cut at 90%, and EOTs stand between the parts.
     """
     documents = (text for text in documents if text.strip())
     first = list(itertools.islice(documents, 100))
@@ -134,7 +134,8 @@ def load_data(data_dir):
     meta = json.loads((folder / "meta.json").read_text())
     arrays = [np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS]
     if [len(array) for array in arrays] != [meta[split]["tokens"] for split in SPLITS]:
-        sys.exit(f"{data_dir} is not what its meta.json says: run python prepare.py again")
+        sys.exit(f"{data_dir} is not what its meta.json says: run python prepare.py "
+                 f"{meta['dataset']} --tokenizer={meta['tokenizer']} --data_dir={data_dir}")
     return *arrays, meta
 
 
@@ -261,9 +262,9 @@ def make_additions(count, seed=0):
 
 # A puzzle's tokens go to data-{name}. Its scoring, which meta.json keeps, says in bytes how long a
 # document is with its EOT, after which character an answer stands, and how long that is. Only
-# answers are predicted. A hidden answer is not shown to the model either, so that none can be
-# copied from an earlier one. It must be of one byte: sample.py shows the model what it has written,
-# and to write a second byte, a model must have seen the first in training.
+# answers are predicted. Hidden answers are not shown to the model, so that none can be copied from
+# an earlier one. A hidden answer is of one byte: to write a second, the model would have to read
+# the first, which it never did in training.
 PUZZLES = {
     "arrows": {"make": make_arrows, "count": 100_000, "scoring": {
         "document_length": 69, "answer_after": ">", "answer_length": 1, "hide_answers": True}},
@@ -352,7 +353,7 @@ def download(url, sha256=None, hint="run the same command again to go on"):
             time.sleep(wait)
     if sha256 is not None and sha256_of(part) != sha256:
         part.unlink()
-        sys.exit(f"{url} has another sha256 than {sha256}: {hint}")
+        sys.exit(f"{url} has another sha256 than {sha256}: it is deleted, run the command again")
     os.replace(part, path)
     return path
 

@@ -36,7 +36,8 @@ def get_args():
     add("--exit_kl", type=not_negative, help="stop looping for a token once a loop changes its "
         "prediction by less than this KL divergence in nats. The prompt before its last token "
         "takes all loops, and so does a text that is longer than the context")
-    add("--show_loops", action="store_true", help="print each loop's best guess for each new token")
+    add("--show_loops", action="store_true", help="print each loop's best guess for each new "
+        "token; the text then ends with the context")
     add("--seed", type=int, default=0, help="random seed for the draws")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the best there is")
     args = parser.parse_args()

@@ -33,9 +33,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, LOOP_ORDERS, MATRICES, NOT_GPT2, OTHERS, RESIDUALS, GPTConfig, change_layout
-from model import flops_per_token, layer_of, load_checkpoint, load_pretrained, pick_device
-from model import pick_dtype, save_checkpoint
+from model import GPT, LOOP_ORDERS, MATRICES, NORMS_AND_GATES, NOT_GPT2, RESIDUALS, GPTConfig
+from model import change_layout, flops_per_token, layer_of, load_checkpoint, load_pretrained
+from model import pick_device, pick_dtype, save_checkpoint
 from prepare import SPLITS, find_weights, load_data, make_folder, make_parser
 
 # The paper's four models have GPT-2's width, context and vocabulary. The recipe is the one that
@@ -86,20 +86,22 @@ def make_flags():
     switch = argparse.BooleanOptionalAction
     # what a resumed run can't change
     add("--preset", choices=PRESETS, help="a model with its recipe; other flags override it")
-    add("--init_from", help="weights: gpt2, gpt2-medium, -large, -xl, or a file (see find_weights)")
+    add("--init_from", help="weights: gpt2, gpt2-medium, -large, -xl, or a file: see find_weights; "
+        "the default optimizer is then adamw at 3e-5")
     add("--n_layer", type=positive, default=1, help="number of blocks")
     add("--n_head", type=positive, default=2, help="number of attention heads")
     add("--n_embd", type=positive, default=64, help="width of the model")
     add("--block_size", type=positive, default=128, help="length of the context in tokens")
     add("--vocab_size", type=positive, help="number of tokens, which the data must have; None: any")
-    add("--n_loop", type=positive, default=1, help="how often the looped blocks are applied")
+    add("--n_loop", type=positive, default=GPTConfig.n_loop,
+        help="how often the looped blocks are applied")
     add("--n_loop_min", type=positive, help="draw each step's loops from here to n_loop")
-    add("--loop_start", type=whole, default=0, help="the first looped block")
+    add("--loop_start", type=whole, default=GPTConfig.loop_start, help="the first looped block")
     add("--loop_end", type=positive, help="the block after the last looped one; None: to the end")
     add("--loop_order", choices=LOOP_ORDERS, default=GPTConfig.loop_order, help="see GPT.states")
     add("--residual", choices=RESIDUALS, default=GPTConfig.residual, help="equation: see GPT.loop")
-    add("--dropout", type=not_negative, default=0.0, help="share of activations dropped")
-    add("--bias", action=switch, default=True, help="biases in linear layers and norms")
+    add("--dropout", type=not_negative, default=GPTConfig.dropout, help="share of activations")
+    add("--bias", action=switch, default=GPTConfig.bias, help="biases in linear layers and norms")
     add("--batch_size", type=positive, default=8, help="sequences that a process computes at once")
     add("--gradient_accumulation_steps", type=positive, default=1, help="batches in a step, in all")
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="muon is for the blocks' matrices")
@@ -119,7 +121,8 @@ def make_flags():
         "than before, the added steps keep the rate of the end")
     add("--max_steps", type=whole, default=4000, help="number of updates of the weights")
     add("--eval_interval", type=positive, default=1000, help="steps between evaluations and saves")
-    add("--log_interval", type=positive, default=200, help="steps between lines of progress")
+    add("--log_interval", type=positive, default=200, help="steps between lines of progress; a "
+        "twentieth of max_steps at most")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the best there is")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of products; auto: see pick_dtype")
@@ -137,7 +140,7 @@ def get_args(argv=None):
     parser, fixed = make_flags()
     known = PRESETS.get(parser.parse_args(argv).preset, {})
     args = parser.parse_args(argv, argparse.Namespace(**known))
-    model = state = None
+    model, state, must_match = None, None, ()
     if args.resume:
         model, state = load_checkpoint(Path(args.out_dir) / "ckpt.pt")
         known = state["args"]
@@ -145,6 +148,7 @@ def get_args(argv=None):
             sys.exit(f"{args.out_dir}/ckpt.pt is of other code, which differs in the flags "
                      f"{', '.join(sorted(other))}: use that code")
         known = known | {"out_dir": args.out_dir}   # the folder may have moved
+        must_match = fixed
     elif args.init_from:
         model, _ = load_pretrained(find_weights(args.init_from))
         shape = asdict(model.config)
@@ -152,9 +156,9 @@ def get_args(argv=None):
             for name in ("n_loop", "loop_start", "loop_end", "loop_order", "residual"):
                 del shape[name]     # it is a GPT-2, and can be looped in any way
         known = known | shape | {"optimizer": "adamw", "learning_rate": 3e-5}
-        fixed = shape.keys() - {"block_size", "dropout"}
+        must_match = shape.keys() - {"block_size", "dropout"}
     args = parser.parse_args(argv, argparse.Namespace(**known))
-    for name in fixed if model else ():
+    for name in must_match:
         if getattr(args, name) != known[name]:
             parser.error(f"--{name}={getattr(args, name)} does not fit what it starts from, which "
                          f"has {known[name]}: leave it out")
@@ -267,8 +271,11 @@ def train_step(net, optimizers, x, y, args, autocast, n_loop=None):
     return loss, norm
 
 
-def flops_counted(model, x, y, args, n_loop):
-    """The FLOPs that torch counts in train_step on x and y (n, T), over those that we state."""
+def flops_ratio(model, x, y, args, n_loop):
+    """The FLOPs that torch counts in train_step on x and y (n, T), over those of flops_per_token.
+
+    Where it is not 1, a fork computes something else than flops_per_token knows of.
+    """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         train_step(model, [], x, y, args, nullcontext(), n_loop)
     model.zero_grad()
@@ -364,8 +371,8 @@ def orthogonal(g):
 def configure_optimizers(model, args):
     """Return a list of optimizers: AdamW; or Muon for the blocks' matrices and AdamW for the rest.
 
-    Weight decay is for GPT-2's matrices only, not for biases, norms, gates and what a fork adds:
-    that is AdamW's. For the scale of the rate see GPT.loop_scale.
+    Weight decay is for GPT-2's matrices only, not for biases, norms and gates. What a fork adds is
+    AdamW's, without weight decay. For the scale of the rate see GPT.loop_scale.
     """
     groups = {}     # {what a group's parameters have in common: its parameters}
     for name, p in model.named_parameters():
@@ -440,8 +447,9 @@ def check(args, train_data, val_data, meta, world, state):
         sys.exit(f"{args.data_dir} is too short for block_size={args.block_size}: "
                  "use a smaller --block_size, or run python prepare.py on more text")
     if args.vocab_size not in (None, meta["vocab_size"]):
+        other = "gpt2" if meta["tokenizer"] == "byte" else "byte"
         sys.exit(f"{args.data_dir} has {meta['vocab_size']} {meta['tokenizer']} tokens, the model "
-                 f"{args.vocab_size}: run python prepare.py with the other --tokenizer")
+                 f"{args.vocab_size}: run python prepare.py {meta['dataset']} --tokenizer={other}")
     length = meta["puzzle"]["document_length"] if "puzzle" in meta else 1
     if (args.block_size + 1) % length:
         sys.exit(f"--block_size={args.block_size} cuts the documents of {args.data_dir} in two: "
@@ -516,7 +524,7 @@ def train(args, model=None, state=None):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     x, y = inputs_and_targets(get_batch(train_data, args, start, stride)[:1], device, scoring)
-    counted = flops_counted(model, x, y, args, get_n_loop(args, start))
+    ratio = flops_ratio(model, x, y, args, get_n_loop(args, start))
     autocast, dtype = use_machine(model, args, device)
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
@@ -532,10 +540,10 @@ def train(args, model=None, state=None):
               f"{args.max_steps} steps of {step_tokens:,}, {world} x {device.type}, "
               f"{dtype}, {' and '.join(type(each).__name__ for each in optimizers)}", flush=True)
         names = [name for name, _ in model.named_parameters()]
-        if own := [name for name in names if layer_of(name) not in MATRICES | OTHERS]:
+        if own := [name for name in names if layer_of(name) not in MATRICES | NORMS_AND_GATES]:
             print(f"not GPT-2's, so AdamW's and without weight decay: {', '.join(own)}")
-        if abs(counted - 1) > 0.02:
-            print(f"a step takes {counted:.2f} times the FLOPs that flops_per_token says")
+        if abs(ratio - 1) > 0.02:
+            print(f"a step takes {ratio:.2f} times the FLOPs that flops_per_token says")
         start_folder(out, args.resume)
 
     # report, evaluate, save, then train: a checkpoint holds exactly the reported model
@@ -557,7 +565,7 @@ def train(args, model=None, state=None):
                 record |= evaluate(model, val_data, args, device, scoring, rank, world)
             gates = None if model.gates is None else model.gates.mean(-1).tolist()
             record |= {"gates": gates, "params": params, "tokens": step * step_tokens,
-                       "flops": step * step_tokens * flops, "flops_counted": counted,
+                       "flops": step * step_tokens * flops, "flops_ratio": ratio,
                        "seconds": round(time.perf_counter() - began, 1)}
         for name in ("loss", "norm", "val_loss"):
             if not math.isfinite(record.get(name, 0)):

@@ -46,7 +46,7 @@ RUNS, ANSWERS = HERE / "runs.csv", HERE / "arrows.csv"
 # trial: yes for a rate that was tried and not chosen; right: of a puzzle's validation answers;
 # tokens: read in training; threads: of one run; data: the start of train.bin's sha256
 COLUMNS = ("study", "label", "flags", "rate", "seed", "trial", "val_loss", "right", "params",
-           "tokens", "flops", "flops_counted", "seconds", "cpu", "torch", "threads", "dtype",
+           "tokens", "flops", "flops_ratio", "seconds", "cpu", "torch", "threads", "dtype",
            "data", "code")
 STEPS = [str(steps) for steps in range(10)]     # of arrows.csv: the share of right answers
 SHORT = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
@@ -394,8 +394,8 @@ def print_table(rows):
             print(label + note)
             continue
         first, found = good[0], [row["val_loss"] for row in good]
-        if abs(first["flops_counted"] - 1) > 0.02:
-            note += f"  takes {first['flops_counted']:.2f} times these FLOPs"
+        if abs(first["flops_ratio"] - 1) > 0.02:
+            note += f"  takes {first['flops_ratio']:.2f} times these FLOPs"
         minutes = np.mean([row["seconds"] for row in good]) / 60
         print(f"{label:<32} {first['params'] / 1e6:7.3f}M {first['tokens'] / 1e6:7.2f}M "
               f"{first['flops'] / 1e12:8.2f} {minutes:7.1f} {first['rate']:>7} "

@@ -134,7 +134,7 @@ def fake_run(code, places, name, label, flags, rate, seed):
     diverged = n_loop == 6 and (seed == 1 or rate > 8e-3)
     loss = None if diverged else 1 + abs(math.log2(rate / best)) + seed / 10
     return {"study": name, "label": label, "rate": f"{rate:g}", "seed": seed, "val_loss": loss,
-            "tokens": 100, "seconds": 6, "params": 1, "flops": n_loop, "flops_counted": 1.5}, []
+            "tokens": 100, "seconds": 6, "params": 1, "flops": n_loop, "flops_ratio": 1.5}, []
 
 
 def test_each_model_is_tuned_and_what_diverged_is_said(place, monkeypatch, capsys):
