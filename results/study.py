@@ -143,7 +143,7 @@ def step_flops(flags, whole=False):
 def get_models(texts, extra):
     """{label: flags} from {label: text}: --compute_of becomes --max_steps.
 
-    Exits if two models are the same, or if a puzzle's answers could not be counted.
+    Exits if two models are the same.
     """
     models, labels = {}, {}
     for label, text in texts.items():
@@ -171,9 +171,10 @@ def train_run(code, places, study, label, flags, rate, seed):
     args, *_ = train.get_args(flags)
     source = sources(args)
     device = pick_device(args.device)
-    on_cpu = device.type == "cpu"
-    machine = {"torch": torch.__version__, "threads": 1, "cpu": torch.backends.cpu
-               .get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device)}
+    cpu = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        cpu = torch.cuda.get_device_name(device)
+    machine = {"torch": torch.__version__, "threads": 1, "cpu": cpu}
     dtype = str(pick_dtype(args.dtype, device, args.n_embd)).removeprefix("torch.")
     key = sha256(json.dumps([vars(args), source, folder.name, machine, dtype]).encode()).hexdigest()
     out = Path("out-study", f"{args.n_layer}x{args.n_loop}-{key[:12]}")
