@@ -7,10 +7,9 @@ Tokens to a model: trains GPT-2 or a Loop Neural Network on what prepare.py wrot
     python train.py --preset=gpt2-81m-loop                         a model of the paper, on one GPU
     torchrun --nproc_per_node=8 train.py --preset=gpt2-81m-loop    the same training on eight
 
-Several processes share the sequences of a step. So any number of them gives the same training, up
-to rounding and dropout. Reports go to the terminal, and as JSON lines to out/log.jsonl, whose last
-line is the result. Two trainings at once on one CPU need OMP_NUM_THREADS=1 each: with more threads
-than cores they crawl.
+Any number of processes gives the same training, up to rounding and dropout. Reports go to the
+terminal, and as JSON lines to out/log.jsonl, whose last line is the result. Two trainings at once
+on one CPU need OMP_NUM_THREADS=1 each: with more threads than cores they crawl.
 """
 import argparse
 import json
@@ -479,11 +478,6 @@ def start_folder(out, resumed):
             file.write("\n")    # a full disk tore the last line
 
 
-def append_record(out, record):
-    with open(out / "log.jsonl", "a") as log:
-        log.write(json.dumps(record) + "\n")
-
-
 def describe(record, args, step_tokens):
     """The line that the terminal shows of a record of log.jsonl."""
     line = f"step {record['step']}/{args.max_steps}"
@@ -567,15 +561,16 @@ def train(args, model=None, state=None):
             record |= {"gates": gates, "params": params, "tokens": step * step_tokens,
                        "flops": step * step_tokens * flops, "flops_ratio": ratio,
                        "seconds": round(time.perf_counter() - began, 1)}
-        for name in ("loss", "norm", "val_loss"):
-            if not math.isfinite(record.get(name, 0)):
-                if rank == 0:
-                    append_record(out, {"step": step, "val_loss": None})
-                sys.exit(f"the {name} is {record[name]} at step {step}: start anew with a smaller "
-                         "--learning_rate")
+        numbers = [record.get(name, 0) for name in ("loss", "norm", "val_loss")]
+        diverged = not all(map(math.isfinite, numbers))
         if logging and rank == 0:
             print(describe(record, args, step_tokens), flush=True)
-            append_record(out, record)
+            with open(out / "log.jsonl", "a") as log:
+                result = {"step": step, "val_loss": None} if diverged else record
+                log.write(json.dumps(result) + "\n")
+        if diverged:
+            sys.exit(f"the loss or its gradient is not finite at step {step}: start anew with a "
+                     "smaller --learning_rate")
         # the first step has nothing new, but every run ends with a checkpoint
         if evaluating and rank == 0 and (step > start or last):
             save_checkpoint(out / "ckpt.pt", model, step=step, args=vars(args), data=meta,
