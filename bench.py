@@ -12,6 +12,7 @@ is the speed of writing a text.
 import io
 import itertools
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -295,4 +296,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # with | head, end quietly when head does
     main()

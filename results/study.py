@@ -574,4 +574,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # with | head, end quietly when head does
     main()
