@@ -1252,6 +1252,8 @@ def test_the_puzzle_is_prepared_trained_and_shown(tmp_path, monkeypatch):
                  for n, shares in re.findall(r"^after loop (\d+) +(.*)$", out, re.MULTILINE)}
         assert [*right] == list(range(1, 21)) and {len(shares) for shares in right.values()} == {10}
     assert min(right[12] + right[20]) > 98
+    loops = [float(number) for number in out.split("of 12:\n")[1].split("\n")[0].split()]
+    assert loops[0] == 2 and loops == sorted(loops) and 11.5 < loops[9] < 12
     prompt = "--prompt=bfdehgjiklmpnosqrtst"
     for letter, end in (("a", "t"), ("c", "s"), ("t", "t")):
         out = call(sample, f"--out_dir={bench.SHIPPED}", "--n_loop=12", "--exit_kl=0.01",

@@ -438,6 +438,8 @@ def tables():
     yield markdown(["64 wide", *models], [
         ["4,000 steps", *(cell("text", model) for model in models)],
         ["the compute of six loops", *(cell("text", model) for model in same)]])
+    one, two, _, six = (f"{losses('text', label).mean():.3f}" for label in same)
+    yield f"two loops end lowest: {two}, one loop at {one}, six at {six}."
     names = {"gated": "6 loops", "sum": "sum", "mean": "mean", "outer": "outer"}
     found = [f"`{name}` at {cell('text', label)}" for name, label in names.items()]
     yield f"Six loops end, with {', '.join(found)}."
@@ -463,6 +465,9 @@ def tables():
                     *(f"{gains(study, f'{base} x {n}', base).mean():.3f}" for n in (2, 6))]
         rows.append(row)
     yield markdown(["", "Muon: 1 block", "x 2", "x 6", "AdamW: 1 block", "x 2", "x 6"], rows)
+    found = [gains("widths", f"64, {optimizer}, 6 blocks", f"64, {optimizer}, 1 block").mean()
+             for optimizer in ("muon", "adamw")]
+    yield "Six blocks of their own gain {:.3f} and {:.3f} at 64 wide.".format(*found)
 
     rows = [[label, runs_of("pairs", label)[0]["params"], cell("pairs", label)]
             for label in EXPERIMENTS["pairs"]]
