@@ -99,7 +99,8 @@ def make_flags():
     add("--loop_end", type=positive, help="the block after the last looped one; None: to the end")
     add("--loop_order", choices=LOOP_ORDERS, default=GPTConfig.loop_order, help="see GPT.states")
     add("--residual", choices=RESIDUALS, default=GPTConfig.residual, help="equation: see GPT.loop")
-    add("--dropout", type=not_negative, default=GPTConfig.dropout, help="share of activations")
+    add("--dropout", type=not_negative, default=GPTConfig.dropout,
+        help="share of activations dropped")
     add("--bias", action=switch, default=GPTConfig.bias, help="biases in linear layers and norms")
     add("--batch_size", type=positive, default=8, help="sequences that a process computes at once")
     add("--gradient_accumulation_steps", type=positive, default=1, help="batches in a step, in all")

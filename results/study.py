@@ -25,6 +25,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
@@ -179,7 +180,7 @@ def train_run(code, places, study, label, flags, rate, seed):
         record, answers = run_train_py(folder, flags, out, places), []
         model, state = load_checkpoint(out / "ckpt.pt") if record["val_loss"] else (None, None)
         if sources(args) != source or state and state["data"] != source[0]:
-            raise RuntimeError(f"{args.data_dir} or {args.init_from} changed during this study")
+            sys.exit(f"{args.data_dir} or {args.init_from} changed during this study")
         if model and source[0].get("puzzle") == SCORING:
             answers = right_answers(model, 20 if args.n_loop > 1 else 1)
         (out / "result.tmp").write_text(json.dumps([record, answers]))
@@ -210,20 +211,20 @@ def run_train_py(code, flags, out, places):
     """
     out.mkdir(parents=True, exist_ok=True)
     how = ["--resume"] if (out / "ckpt.pt").exists() else flags
-    place = places.get()
     with open(out / "out.txt", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"a training in {out} is still running") from None
+            sys.exit(f"a training in {out} is still running")
+        place = places.get()
         process = subprocess.Popen([sys.executable, code / "train.py", *how, f"--out_dir={out}"],
                                    stdout=file, stderr=subprocess.STDOUT, env=os.environ | place)
         running.append(process)
         process.wait()
-    places.put(place)
+        places.put(place)
     log = read_log(out)
     if process.returncode and not (log and log[-1].get("val_loss", 0) is None):     # it diverged
-        raise RuntimeError(f"the training in {out} failed, see its out.txt")
+        sys.exit(f"the training in {out} failed, see its out.txt")
     return log[-1]
 
 
@@ -312,9 +313,11 @@ def study(argv):
             rate = train.get_args(flags)[0].learning_rate
             jobs[label] = pool.submit(study_model, train_at, rate, args.seeds, args.sweep)
         for label, job in jobs.items():
-            if job.exception():
-                print(f"{label}: {job.exception()}", file=sys.stderr)
+            if error := job.exception():
                 failed += 1
+                print(f"{label}: {error}", file=sys.stderr)
+                if not isinstance(error, SystemExit):   # a bug keeps its traceback
+                    traceback.print_exception(error)
             else:
                 rows, answers = job.result()
                 table += rows

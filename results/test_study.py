@@ -105,6 +105,12 @@ def test_no_model_is_lost_beside_others(place, capsys):
         assert caught.value.code == 2
 
 
+def test_a_bug_keeps_its_traceback(place, monkeypatch, capsys):
+    monkeypatch.setattr(study, "train_run", lambda *args: 1 / 0)
+    assert rows_of(f"--n_loop=2 {FEW}", code=1) == []
+    assert "Traceback" in (err := capsys.readouterr().err) and "ZeroDivisionError" in err
+
+
 def test_a_study_that_is_stopped_ends_its_training_and_goes_on(place):
     command = ["results/study.py", f"--max_steps=100000 {FEW[14:]} --eval_interval=20", "--seeds=1"]
     for number in (signal.SIGTERM, signal.SIGKILL):
