@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -45,16 +46,18 @@ running = []    # the processes that train, to be ended with this one
 CODE = ("model.py", "train.py", "prepare.py", "bench.py")
 RUNS, ANSWERS = HERE / "runs.csv", HERE / "arrows.csv"
 # trial: yes for a rate that was tried and not chosen; right: of a puzzle's validation answers;
-# tokens: read in training; threads: of one run; data: the start of train.bin's sha256
-COLUMNS = ("study", "label", "flags", "rate", "seed", "trial", "val_loss", "right", "params",
-           "tokens", "flops", "flops_ratio", "seconds", "cpu", "torch", "threads", "dtype",
-           "data", "code")
+# copied: see copied(); tokens: read in training; threads: of one run; data: the start of
+# train.bin's sha256
+COLUMNS = ("study", "label", "flags", "rate", "seed", "trial", "val_loss", "right", "copied",
+           "params", "tokens", "flops", "flops_ratio", "seconds", "cpu", "torch", "threads",
+           "dtype", "data", "code")
 STEPS = [str(steps) for steps in range(10)]     # of arrows.csv: the share of right answers
 SHORT = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
          "--eval_iters=640 --eval_interval=10000")
 SHAPES = {"1 block": "--n_layer=1", "1 block x 2": "--n_loop=2", "1 block x 6": "--n_loop=6",
           "2 blocks": "--n_layer=2", "6 blocks": "--n_layer=6"}
 HEADS = {32: 2, 64: 2, 128: 4, 256: 4, 512: 8, 768: 12}
+BLOCK = {width: f"--n_embd={width} --n_head={heads}" for width, heads in HEADS.items()}
 BUDGETS = ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12")     # FLOPs
 # {study: {label: flags of train.py}}. --compute_of=LABEL gives a model the compute of that label,
 # which stands before it, or so many FLOPs.
@@ -78,27 +81,38 @@ EXPERIMENTS = {
     },
     "widths": {     # what loops gain, and blocks, on wider and wider models
         f"{width}, {optimizer}, {label}":
-            f"--n_embd={width} --n_head={heads} --optimizer={optimizer} {shape}"
+            f"{BLOCK[width]} --optimizer={optimizer} {shape}"
             f" --learning_rate={'4e-3' if optimizer == 'muon' else '2e-3'}"
-        for width, heads in HEADS.items() for optimizer in train.OPTIMIZERS
+        for width in HEADS for optimizer in train.OPTIMIZERS
         for label, shape in [*SHAPES.items(), (
             "1 block, compute of x 2", f"--compute_of='{width}, {optimizer}, 1 block x 2'")]
     },
     "long": {       # four times the steps
-        f"{optimizer}, {label}":
-            f"--optimizer={optimizer} --learning_rate=4e-3 --max_steps=16000 {SHAPES[label]}"
-        for optimizer in train.OPTIMIZERS for label in ("1 block", "1 block x 2", "1 block x 6")
+        f"{width}, {optimizer}, {label}":
+            f"{BLOCK[width]} --optimizer={optimizer} --learning_rate=4e-3 --max_steps=16000 "
+            f"{SHAPES[label]}"
+        for width in (64, 128, 256) for optimizer in train.OPTIMIZERS
+        for label in ("1 block", "1 block x 2", "1 block x 6", "2 blocks")
+    },
+    "copying": {    # when does it begin? The same training, ended early
+        f"{label}, {steps} steps":
+            f"{BLOCK[256]} --learning_rate=4e-3 --decay_steps=4000 --max_steps={steps} {shape}"
+        for label, shape in SHAPES.items() if "6" not in label for steps in range(500, 4001, 500)
     },
     "compute": {    # five budgets
         f"{n} x, {flops} FLOPs": f"--n_embd=32 --n_loop={n} --compute_of={flops}"
         for flops in BUDGETS for n in (1, 2, 4, 6)
     },
-    "pairs": {      # the paper's two pairs, small, with both loop orders and controls
-        "4 blocks": "--n_embd=32 --n_layer=4",
-        "2 blocks x 3": "--n_embd=32 --n_layer=2 --n_loop=3",
-        "2 blocks x 3, each in turn": "--n_embd=32 --n_layer=2 --n_loop=3 --loop_order=block",
-        "6 blocks": "--n_embd=32 --n_layer=6",
-        "4 blocks, compute of 2 x 3": "--n_embd=32 --n_layer=4 --compute_of='2 blocks x 3'",
+    "pairs": {      # the paper's second pair, small, and controls
+        f"{width}, {label}": f"{BLOCK[width]} {shape.format(width=width)}"
+        for width in (32, 256) for label, shape in {
+            "4 blocks": "--n_layer=4",
+            "2 blocks x 3": "--n_layer=2 --n_loop=3",
+            "2 blocks x 3, each in turn": "--n_layer=2 --n_loop=3 --loop_order=block",
+            "6 blocks": "--n_layer=6",
+            "6 blocks x 2": "--n_layer=6 --n_loop=2",
+            "4 blocks, compute of 2 x 3": "--n_layer=4 --compute_of='{width}, 2 blocks x 3'",
+        }.items()
     },
     "paper": {      # pairs at GPT-2's width and vocabulary, for one GPU
         "12 blocks": f"--preset=gpt2-124m {SHORT}",
@@ -178,11 +192,15 @@ def train_run(code, places, study, label, flags, rate, seed):
     done = (out / "result.json").exists()
     if not done:
         record, answers = run_train_py(folder, flags, out, places), []
-        model, state = load_checkpoint(out / "ckpt.pt") if record["val_loss"] else (None, None)
+        model, state = None, None
+        if record["val_loss"]:
+            model, state = load_checkpoint(out / "ckpt.pt", device)
         if sources(args) != source or state and state["data"] != source[0]:
             sys.exit(f"{args.data_dir} or {args.init_from} changed during this study")
         if model and source[0].get("puzzle") == SCORING:
             answers = right_answers(model, 20 if args.n_loop > 1 else 1)
+        if model and "puzzle" not in source[0]:
+            record["copied"] = copied(model, load_data(args.data_dir)[1])
         (out / "result.tmp").write_text(json.dumps([record, answers]))
         (out / "result.tmp").rename(out / "result.json")
     record, answers = json.loads((out / "result.json").read_text())
@@ -195,6 +213,23 @@ def train_run(code, places, study, label, flags, rate, seed):
         {"study": study, "label": label, "seed": seed, "loop": n}
         | {steps: round(share, 4) for steps, share in zip(STEPS, shares, strict=True)}
         for n, shares in enumerate(answers, start=1)]
+
+
+@torch.no_grad()
+def copied(model, val):
+    """How much lower the loss is where a text is shown a second time, in nats.
+
+    The texts are 400 pieces of the validation data, as long as half of the context. What is gained
+    comes from copying: finding what followed last time (arXiv 2209.11895).
+    """
+    half, losses = model.config.block_size // 2, []
+    starts = np.linspace(0, len(val) - half, 400).astype(int)
+    texts = train.windows(val, starts, half - 1).repeat(1, 2).to(model.wte.weight.device)
+    for part in texts.split(8):
+        logits = model.eval()(part)[:, :-1]
+        losses.append(F.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none"))
+    first, second = torch.cat(losses).mean(0).split((half, half - 1))
+    return (first[:-1].mean() - second.mean()).item()   # the second's first token has no past
 
 
 def sources(args):
@@ -403,9 +438,19 @@ def print_table(rows):
 
 
 def cell(study, label):
-    """A model's validation loss as the pages show it: mean ±half of the seeds' range."""
-    found = losses(study, label)
+    """A model's validation loss as the pages show it: mean ±half of the range of several seeds."""
+    found = losses(study, label) if has(study, label) else []
+    if len(found) < 2:
+        return "".join(f"{loss:.3f}" for loss in found)
     return f"{found.mean():.3f} ±{np.ptp(found) / 2:.3f}"
+
+
+def copying(study, label):
+    """What a model's seeds gain by copying, see copied(): the mean (and the range)."""
+    found = [float(row["copied"]) for row in runs_of(study, label) if row["copied"]]
+    if not found:
+        return ""
+    return f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})".replace("-0.00", "0.00")
 
 
 def answers_of(label, loop):
@@ -447,23 +492,24 @@ def tables():
     found = [f"`{name}` at {cell('text', label)}" for name, label in names.items()]
     yield f"Six loops end, with {', '.join(found)}."
 
-    rows, shapes = [], ["1 block", "1 block x 2", "2 blocks"]
+    shapes = ["1 block", "1 block, compute of x 2", "1 block x 2", "2 blocks"]
+    rows, copies = [], []
     for width in HEADS:
-        one, two, deeper = (f"{width}, muon, {shape}" for shape in shapes)
+        one, longer, two, deeper = (f"{width}, muon, {shape}" for shape in shapes)
         if has("widths", one, two, deeper):
             loop, block = gains("widths", two, one).mean(), gains("widths", deeper, one).mean()
-            rows.append([str(width), *(cell("widths", label) for label in (one, two, deeper)),
+            rows.append([str(width), *(cell("widths", label) for label in (one, longer, two, deeper)),
                          f"{loop:.3f}", f"{block:.3f}", f"{loop / block:.2f}"])
+            copies.append([str(width), *(copying("widths", label) for label in (one, two, deeper))])
     yield markdown(["width", *shapes, "a second loop gains", "a second block", "share"], rows)
-    yield "A second loop gains " + ", ".join(f"{row[4]} at {row[0]}" for row in rows) + " wide."
-    yield "A second block gains " + ", ".join(row[5] for row in rows)
+    yield "A second loop gains " + ", ".join(f"{row[5]} at {row[0]}" for row in rows) + " wide."
+    yield "A second block gains " + ", ".join(row[6] for row in rows)
+    yield markdown(["width", shapes[0], *shapes[2:]], copies)
 
     rows = []
-    for name, study, prefix in [("64 wide, 4,000 steps", "widths", "64, "),
-                                ("128 wide, 4,000 steps", "widths", "128, "),
-                                ("64 wide, 16,000 steps", "long", "")]:
-        row = [name]
-        for base in (f"{prefix}muon, 1 block", f"{prefix}adamw, 1 block"):
+    for study, width in [("widths", 64), ("widths", 128), ("long", 64)]:
+        row = [f"{width} wide, {'4,000' if study == 'widths' else '16,000'} steps"]
+        for base in (f"{width}, muon, 1 block", f"{width}, adamw, 1 block"):
             row += [f"{losses(study, base).mean():.3f}",
                     *(f"{gains(study, f'{base} x {n}', base).mean():.3f}" for n in (2, 6))]
         rows.append(row)
@@ -473,8 +519,8 @@ def tables():
     yield "Six blocks of their own gain {:.3f} and {:.3f} at 64 wide.".format(*found)
 
     rows = [[label, runs_of("pairs", label)[0]["params"], cell("pairs", label)]
-            for label in EXPERIMENTS["pairs"]]
-    yield markdown(["32 wide", "parameters", "validation loss"], rows)
+            for label in EXPERIMENTS["pairs"] if has("pairs", label)]
+    yield markdown(["width, blocks", "parameters", "validation loss"], rows)
     rows = []
     for flops in BUDGETS:
         labels = [f"{n} x, {flops} FLOPs" for n in (1, 2, 4, 6)]
@@ -506,19 +552,22 @@ def puzzle_tables():
 # ---- pictures ----
 
 def draw_widths(axes):
-    """Draw what a second loop and a second block gain over one block: a dot for each seed."""
-    for color, optimizer, shape, name in [("C0", "muon", "1 block x 2", "a second loop (Muon)"),
-                                          ("C1", "muon", "2 blocks", "a second block (Muon)"),
-                                          ("C2", "adamw", "1 block x 2", "a second loop (AdamW)")]:
+    """Draw how much lower a model ends than another, by width: a dot for each seed."""
+    longer = "1 block, compute of x 2"
+    for i, (optimizer, shape, base, name) in enumerate([
+            ("muon", "2 blocks", "1 block", "a second block (Muon)"),
+            ("muon", "1 block x 2", "1 block", "a second loop (Muon)"),
+            ("muon", "1 block x 2", longer, "a second loop at equal compute (Muon)"),
+            ("adamw", "1 block x 2", "1 block", "a second loop (AdamW)")]):
         x, means = [], []
         for width in HEADS:
-            base, label = f"{width}, {optimizer}, 1 block", f"{width}, {optimizer}, {shape}"
-            if has("widths", base, label):
-                dots = gains("widths", label, base)
-                axes.plot([width] * len(dots), dots, "o", color=color, alpha=0.6)
+            labels = [f"{width}, {optimizer}, {each}" for each in (shape, base)]
+            if has("widths", *labels):
+                dots = gains("widths", *labels)
+                axes.plot([width] * len(dots), dots, "o", color=f"C{i}", alpha=0.6)
                 x.append(width)
                 means.append(dots.mean())
-        axes.plot(x, means, "-", color=color, label=name)
+        axes.plot(x, means, "-", color=f"C{i}", label=name)
     axes.plot(768, 0.31, "*", color="black", markersize=14,
               label="a second loop in the paper: other text, longer context, more steps")
     axes.axhline(0, color="black", linewidth=1)
@@ -527,6 +576,21 @@ def draw_widths(axes):
     axes.set_xticks([], minor=True)
     axes.set(xlabel="width of the block", ylabel="how much lower the validation loss is, nats",
              title="what one block gains from a second loop")
+    axes.legend()
+
+
+def draw_copying(axes):
+    """Draw what models gain by copying, see copied(), over their training: a line for each seed."""
+    rows = [row for row in read(RUNS) if row["study"] == "copying"]
+    for i, shape in enumerate(label for label in SHAPES if "6" not in label):
+        for seed in sorted({row["seed"] for row in rows}):
+            points = sorted((int(row["label"].split()[-2]), float(row["copied"])) for row in rows
+                            if row["label"].startswith(f"{shape}, ") and row["seed"] == seed)
+            axes.plot(*zip(*points, strict=True), ".-", color=f"C{i}",
+                      label=shape if seed == "0" else None)
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set(xlabel="step of training", title="256 wide: when copying begins",
+             ylabel="how much lower the loss is on a text shown again, nats")
     axes.legend()
 
 
@@ -559,6 +623,7 @@ def name_of(folder):
 
 def pictures():
     save_picture(HERE / "widths.png", draw_widths)
+    save_picture(HERE / "copying.png", draw_copying)
     table = [answers_of("the loop", loop).mean(0) for loop in range(1, 13)]
     ends = {"six separate blocks": answers_of("six separate blocks", 1).mean(0)}
     save_picture(HERE / "arrows.png", draw_answers, table, ends)

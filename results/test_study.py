@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import study
 import torch
+import torch.nn.functional as F
 import train
 from matplotlib.figure import Figure
+from model import GPTConfig
 from test_model import run, start
 
 HERE = Path(study.__file__).parent
@@ -78,6 +80,7 @@ def test_what_decides_the_digits_makes_another_run_and_is_kept_with_it(place, mo
     flags = [f"--n_loop=2 {FEW}", "--seeds=1"]
     first = rows_of(*flags)[0]
     assert first["cpu"] == torch.backends.cpu.get_cpu_capability()
+    assert abs(float(first["copied"])) < 1      # of three steps
     for name, value in (("cpu", "AVX2"), ("torch", "2.99.0")):
         with monkeypatch.context() as patch:
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
@@ -198,6 +201,17 @@ def test_curves_show_what_logs_say(tmp_path, capsys):
     assert axes.lines[1].get_xydata().tolist() == [[0, 5], [10, 4.5]]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(labels) == 3 and "torn line, skipped" in capsys.readouterr().err
+
+
+def test_copying_is_what_a_second_showing_gains():
+    class Copier(torch.nn.Module):
+        """From the second showing on, it is sure of what followed last time, else of nothing."""
+        config, wte = GPTConfig(block_size=8), torch.nn.Embedding(1, 1)
+
+        def forward(self, idx):     # the next token stood 4 places before, so 3 before this one
+            return 50.0 * F.one_hot(idx.roll(3, 1), 256) * (torch.arange(8) >= 4)[:, None]
+    texts = torch.stack([torch.randperm(256) for _ in range(20)]).flatten().numpy()
+    assert study.copied(Copier(), texts) == pytest.approx(math.log(256))
 
 
 def test_ten_runs_of_ten_are_right_in_98_percent():
