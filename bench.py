@@ -125,6 +125,7 @@ def device_name(device):
 
 TEST = 1    # the seed of maps that no model has seen
 LOOPS = 12  # of a walk: nine steps, and some to settle
+STEPS = range(max(TEST_CHAINS))     # to an answer
 SCORING = PUZZLES["arrows"]["scoring"]
 # a model trained by --preset=arrows
 SHIPPED = Path(__file__).parent / "results" / "arrows"
@@ -145,7 +146,8 @@ def loops(flags):
     folder = Path(args.out_dir or "out-arrows") if trained else Path(os.path.relpath(SHIPPED))
     print(f"the model in {folder}" if trained else f"the model that comes with this code, {folder}")
     model, state = load_checkpoint(folder / "ckpt.pt", pick_device(args.device))
-    if state["data"].get("puzzle") != SCORING or model.config.block_size < 67:
+    fits = model.config.block_size >= SCORING["document_length"] - 2    # but EOT and last answer
+    if state["data"].get("puzzle") != SCORING or not fits:
         sys.exit(f"the model in {folder} was not trained by --preset=arrows: see its loops "
                  f"with python sample.py --show_loops --out_dir={folder}")
     walks = [walk(model.eval(), text) for text in make_arrows(4, TEST_CHAINS, TEST)]
@@ -187,7 +189,7 @@ def questions(count, seed):
 
 @torch.no_grad()
 def right_answers(model, n_loop, seed=TEST):
-    """The share of right answers after loop 1 .. n_loop, of 0 .. 9 steps: (n_loop, 10)."""
+    """The share of right answers after loop 1 .. n_loop, of 0, 1, .. steps: (n_loop, 10)."""
     x, y, steps = questions(1000, seed)
     guesses = []
     for part in x.to(model.wte.weight.device).split(100):
@@ -195,12 +197,12 @@ def right_answers(model, n_loop, seed=TEST):
         guesses.append(torch.stack(logits).argmax(-1).cpu())
     guesses = torch.cat(guesses, dim=1)             # (n_loop, 1000, 67)
     right = (guesses == y)[:, y >= 0].view(n_loop, *steps.shape)
-    return [[one[steps == number].float().mean().item() for number in range(10)] for one in right]
+    return [[one[steps == number].float().mean().item() for number in STEPS] for one in right]
 
 
 def loops_to_settle(model, exit_kl=0.01, n_loop=LOOPS):
-    """The mean number of loops that sample.py --exit_kl takes for answers of 0 .. 9 steps."""
-    taken = [[] for _ in range(10)]
+    """The mean number of loops that sample.py --exit_kl takes for answers of 0, 1, .. steps."""
+    taken = [[] for _ in STEPS]
     for text in make_arrows(20, TEST_CHAINS, TEST):
         for letter in text[len(LETTERS)::3]:
             idx = torch.tensor([[*f"{text[:len(LETTERS)]}{letter}>".encode()]])
@@ -213,7 +215,7 @@ def loops_to_settle(model, exit_kl=0.01, n_loop=LOOPS):
 def print_answers(rows):
     """Print rows of right_answers, {label: row (10,)}."""
     print("right answers in %, by the steps from the question to its answer (training: 0 to 4)")
-    print(f"{'':<26} {' '.join(f'{steps:5}' for steps in range(10))}")
+    print(f"{'':<26} {' '.join(f'{steps:5}' for steps in STEPS)}")
     for label, row in rows.items():
         print(f"{label:<26} {' '.join(f'{100 * share:5.1f}' for share in row)}")
 
@@ -228,7 +230,7 @@ def draw_answers(axes, table, others):
         axes.axhline(len(rows) - len(others) - 0.5, color="white", linewidth=8)
     axes.axvline(4.5, color="red")
     axes.text(4.4, 0, "training: 0 to 4 steps", color="red", ha="right", va="center")
-    axes.set_xticks(range(10))
+    axes.set_xticks(STEPS)
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel="steps from the question to its answer", title="right answers after each loop")
 

@@ -226,7 +226,7 @@ def chain_map(rng, lengths):
 
 def read_map(text):
     """{letter: the letter it points to} of a puzzle's text, which begins with the map."""
-    return dict(zip(LETTERS, text[:20], strict=True))
+    return dict(zip(LETTERS, text[:len(LETTERS)], strict=True))
 
 
 def follow(points_to, letter):
@@ -267,7 +267,8 @@ def make_additions(count, seed=0):
 # the first, which it never did in training.
 PUZZLES = {
     "arrows": {"make": make_arrows, "count": 100_000, "scoring": {
-        "document_length": 69, "answer_after": ">", "answer_length": 1, "hide_answers": True}},
+        "document_length": len(LETTERS) + 49, "answer_after": ">", "answer_length": 1,
+        "hide_answers": True}},
     "addition": {"make": make_additions, "count": 100_000, "scoring": {
         "document_length": 13, "answer_after": "=", "answer_length": 4, "hide_answers": False}},
 }

@@ -492,20 +492,7 @@ def tables():
     found = [f"`{name}` at {cell('text', label)}" for name, label in names.items()]
     yield f"Six loops end, with {', '.join(found)}."
 
-    shapes = ["1 block", "1 block, compute of x 2", "1 block x 2", "2 blocks"]
-    rows, copies = [], []
-    for width in HEADS:
-        one, longer, two, deeper = (f"{width}, muon, {shape}" for shape in shapes)
-        if has("widths", one, two, deeper):
-            loop, block = gains("widths", two, one).mean(), gains("widths", deeper, one).mean()
-            rows.append([str(width), *(cell("widths", label) for label in (one, longer, two, deeper)),
-                         f"{loop:.3f}", f"{block:.3f}", f"{loop / block:.2f}"])
-            copies.append([str(width), *(copying("widths", label) for label in (one, two, deeper))])
-    yield markdown(["width", *shapes, "a second loop gains", "a second block", "share"], rows)
-    yield "A second loop gains " + ", ".join(f"{row[5]} at {row[0]}" for row in rows) + " wide."
-    yield "A second block gains " + ", ".join(row[6] for row in rows)
-    yield markdown(["width", shapes[0], *shapes[2:]], copies)
-
+    yield from width_tables()
     rows = []
     for study, width in [("widths", 64), ("widths", 128), ("long", 64)]:
         row = [f"{width} wide, {'4,000' if study == 'widths' else '16,000'} steps"]
@@ -528,6 +515,22 @@ def tables():
         ratio = float(one["tokens"]) / float(one["params"])
         rows.append([flops, f"{ratio:,.0f}", *(cell("compute", label) for label in labels)])
     yield markdown(["FLOPs", "tokens per parameter", *models], rows)
+
+
+def width_tables():
+    shapes = ["1 block", "1 block, compute of x 2", "1 block x 2", "2 blocks"]
+    rows, copies = [], []
+    for width in HEADS:
+        one, longer, two, deeper = labels = [f"{width}, muon, {shape}" for shape in shapes]
+        if has("widths", one, two, deeper):
+            loop, block = gains("widths", two, one).mean(), gains("widths", deeper, one).mean()
+            rows.append([str(width), *(cell("widths", label) for label in labels),
+                         f"{loop:.3f}", f"{block:.3f}", f"{loop / block:.2f}"])
+            copies.append([str(width), *(copying("widths", each) for each in (one, two, deeper))])
+    yield markdown(["width", *shapes, "a second loop gains", "a second block", "share"], rows)
+    yield "A second loop gains " + ", ".join(f"{row[5]} at {row[0]}" for row in rows) + " wide."
+    yield "A second block gains " + ", ".join(row[6] for row in rows)
+    yield markdown(["width", *shapes[:1], *shapes[2:]], copies)
 
 
 def puzzle_tables():

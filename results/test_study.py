@@ -115,7 +115,8 @@ def test_a_bug_keeps_its_traceback(place, monkeypatch, capsys):
 
 
 def test_a_study_that_is_stopped_ends_its_training_and_goes_on(place):
-    command = ["results/study.py", f"--max_steps=100000 {FEW[14:]} --eval_interval=20", "--seeds=1"]
+    here = place / "clone" / "results"
+    command = [here / "study.py", f"--max_steps=100000 {FEW[14:]} --eval_interval=20", "--seeds=1"]
     for number in (signal.SIGTERM, signal.SIGKILL):
         process = start(*command, cwd=place)
         while not (folders := list(place.glob("out-study/1x1*"))) or not (
@@ -125,9 +126,12 @@ def test_a_study_that_is_stopped_ends_its_training_and_goes_on(place):
         process.communicate(timeout=60)
         alive = trainings(folders[0].name)
         assert bool(alive) == (number == signal.SIGKILL)
-    _, err = start(*command, cwd=place).communicate(timeout=60)
+    other = f"{FEW} --n_loop=2"     # a second model takes the only place when the first fails
+    _, err = start(*command, other, "--workers=1", cwd=place).communicate(timeout=60)
     subprocess.run(["kill", *alive], check=True)
     assert "is still running" in err    # two trainings in one folder would mix their logs
+    rows = study.read(here / "runs.csv")
+    assert [row["seed"] for row in rows] == ["0"] and "--n_loop=2" in rows[0]["flags"]
 
 
 def trainings(folder):
