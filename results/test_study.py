@@ -158,7 +158,7 @@ def test_each_model_is_tuned_and_what_diverged_is_said(place, monkeypatch, capsy
     assert rates == {"1 loop": ["0.0005", "0.002", "0.004", "0.008"],
                      "2 loops": ["0.004", "0.008", "0.016", "0.032", "0.128"],
                      "6 loops": ["0.004", "0.016"]}
-    assert study.cell("text", "1 loop") == "1.050 ±0.050"
+    assert study.cell("text", "1 loop") == "1.050±0.050"
     out = capsys.readouterr().out
     assert re.search(r"\n6 loops .* 1\.0000 0\.0000  1 diverged  takes 1\.50 times", out)
     row = {"val_loss": 0.1, "right": 0.75}
