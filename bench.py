@@ -146,7 +146,8 @@ def loops(flags):
     folder = Path(args.out_dir or "out-arrows") if trained else Path(os.path.relpath(SHIPPED))
     print(f"the model in {folder}" if trained else f"the model that comes with this code, {folder}")
     model, state = load_checkpoint(folder / "ckpt.pt", pick_device(args.device))
-    fits = model.config.block_size >= SCORING["document_length"] - 2    # but EOT and last answer
+    # a document but its EOT and its last answer, which nothing follows
+    fits = model.config.block_size >= SCORING["document_length"] - 2
     if state["data"].get("puzzle") != SCORING or not fits:
         sys.exit(f"the model in {folder} was not trained by --preset=arrows: see its loops "
                  f"with python sample.py --show_loops --out_dir={folder}")
@@ -178,7 +179,7 @@ def walk(model, text, n_loop=LOOPS):
 
 
 def questions(count, seed):
-    """Questions about new maps: inputs and targets (count, 67), steps to answers (count, 16)."""
+    """Questions about new maps: inputs and targets (count, T), steps to answers (count, 16)."""
     texts = list(make_arrows(count, TEST_CHAINS, seed))
     rows = torch.tensor([list(text.encode()) for text in texts])
     x, y = train.inputs_and_targets(rows, torch.device("cpu"), SCORING)
@@ -189,13 +190,13 @@ def questions(count, seed):
 
 @torch.no_grad()
 def right_answers(model, n_loop, seed=TEST):
-    """The share of right answers after loop 1 .. n_loop, of 0, 1, .. steps: (n_loop, 10)."""
+    """The share of right answers after loop 1 .. n_loop, of 0, 1, .. steps: a row for each loop."""
     x, y, steps = questions(1000, seed)
     guesses = []
     for part in x.to(model.wte.weight.device).split(100):
         logits = [model.logits(state) for state in model.eval().states(part, n_loop)]
         guesses.append(torch.stack(logits).argmax(-1).cpu())
-    guesses = torch.cat(guesses, dim=1)             # (n_loop, 1000, 67)
+    guesses = torch.cat(guesses, dim=1)             # (n_loop, 1000, T)
     right = (guesses == y)[:, y >= 0].view(n_loop, *steps.shape)
     return [[one[steps == number].float().mean().item() for number in STEPS] for one in right]
 
@@ -213,7 +214,7 @@ def loops_to_settle(model, exit_kl=0.01, n_loop=LOOPS):
 
 
 def print_answers(rows):
-    """Print rows of right_answers, {label: row (10,)}."""
+    """Print rows of right_answers, {label: row}."""
     print("right answers in %, by the steps from the question to its answer (training: 0 to 4)")
     print(f"{'':<26} {' '.join(f'{steps:5}' for steps in STEPS)}")
     for label, row in rows.items():
@@ -221,7 +222,7 @@ def print_answers(rows):
 
 
 def draw_answers(axes, table, others):
-    """Draw right_answers after loop 1 .. LOOPS as colours, and the others, {label: row (10,)}."""
+    """Draw right_answers after loop 1 .. LOOPS as colours, and the others, {label: row}."""
     rows = {f"after loop {n}": row for n, row in enumerate(table[:LOOPS], start=1)} | others
     shares = 100 * np.array(list(rows.values()))
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
@@ -282,8 +283,8 @@ def draw_walk(axes, points_to, way, said):
                   color="white" if letter == answers[-1] else "black")
     title = (f"after loop {len(said)} the model says {said[-1]}" if said else
              f"the question: where do the arrows from {way[0]} end?")
-    axes.text(9.5, 4.2, title, ha="center", fontsize=18)
-    axes.set(xlim=(-1, 20), ylim=(-1, 5), aspect="equal")
+    axes.text(len(LETTERS) / 2 - 0.5, 4.2, title, ha="center", fontsize=18)
+    axes.set(xlim=(-1, len(LETTERS)), ylim=(-1, 5), aspect="equal")
     axes.axis("off")
 
 

@@ -238,7 +238,7 @@ def follow(points_to, letter):
 
 
 def make_arrows(count, lengths=TRAINING_CHAINS, seed=0):
-    """Yield puzzles of 68 characters: a map of 20 letters, then 16 questions about it.
+    """Yield puzzles: a map, a letter for each of LETTERS, then 16 questions about it.
 
     The first letter of the map says where `a` points, the second where `b` points, and so on. An
     arrow points forward in the alphabet, or back to its own letter, which is an end. The question

@@ -56,6 +56,7 @@ SHORT = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --war
          "--eval_iters=640 --eval_interval=10000")
 SHAPES = {"1 block": "--n_layer=1", "1 block x 2": "--n_loop=2", "1 block x 6": "--n_loop=6",
           "2 blocks": "--n_layer=2", "6 blocks": "--n_layer=6"}
+LONGER = "1 block, compute of x 2"
 HEADS = {32: 2, 64: 2, 128: 4, 256: 4, 512: 8, 768: 12}
 BLOCK = {width: f"--n_embd={width} --n_head={heads}" for width, heads in HEADS.items()}
 BUDGETS = ("1.8e11", "4.4e11", "1.1e12", "2.8e12", "6.9e12")     # FLOPs
@@ -83,9 +84,8 @@ EXPERIMENTS = {
         f"{width}, {optimizer}, {label}":
             f"{BLOCK[width]} --optimizer={optimizer} {shape}"
             f" --learning_rate={'4e-3' if optimizer == 'muon' else '2e-3'}"
-        for width in HEADS for optimizer in train.OPTIMIZERS
-        for label, shape in [*SHAPES.items(), (
-            "1 block, compute of x 2", f"--compute_of='{width}, {optimizer}, 1 block x 2'")]
+        for width in HEADS for optimizer in train.OPTIMIZERS for label, shape in {
+            **SHAPES, LONGER: f"--compute_of='{width}, {optimizer}, 1 block x 2'"}.items()
     },
     "long": {       # four times the steps
         f"{width}, {optimizer}, {label}":
@@ -445,7 +445,7 @@ def cell(study, label):
     return f"{found.mean():.3f}±{np.ptp(found) / 2:.3f}"
 
 
-def copying(study, label):
+def copied_cell(study, label):
     """What a model's seeds gain by copying, see copied(): their mean, lowest and highest."""
     found = [float(row["copied"]) for row in runs_of(study, label) if row["copied"]]
     if len(found) < 2:
@@ -519,7 +519,7 @@ def tables():
 
 
 def width_tables():
-    shapes = ["1 block", "1 block, compute of x 2", "1 block x 2", "2 blocks"]
+    shapes = ["1 block", LONGER, "1 block x 2", "2 blocks"]
     rows, copies = [], []
     for width in HEADS:
         one, longer, two, deeper = labels = [f"{width}, muon, {shape}" for shape in shapes]
@@ -527,7 +527,8 @@ def width_tables():
             loop, block = gains("widths", two, one).mean(), gains("widths", deeper, one).mean()
             rows.append([str(width), *(cell("widths", label) for label in labels),
                          f"{loop:.3f}", f"{block:.3f}"])
-            copies.append([str(width), *(copying("widths", each) for each in (one, two, deeper))])
+            gained = [copied_cell("widths", label) for label in (one, two, deeper)]
+            copies.append([str(width), *gained])
     yield markdown(["width", *shapes, "a second loop gains", "a second block"], rows)
     yield "A second loop gains " + ", ".join(f"{row[5]} at {row[0]}" for row in rows) + " wide."
     yield "A second block gains " + ", ".join(row[6] for row in rows)
@@ -555,11 +556,10 @@ def puzzle_tables():
 
 def draw_widths(axes):
     """Draw how much lower a model ends than another, by width: a dot for each seed."""
-    longer = "1 block, compute of x 2"
     for i, (optimizer, shape, base, name) in enumerate([
             ("muon", "2 blocks", "1 block", "a second block (Muon)"),
             ("muon", "1 block x 2", "1 block", "a second loop (Muon)"),
-            ("muon", "1 block x 2", longer, "a second loop at equal compute (Muon)"),
+            ("muon", "1 block x 2", LONGER, "a second loop at equal compute (Muon)"),
             ("adamw", "1 block x 2", "1 block", "a second loop (AdamW)")]):
         x, means = [], []
         for width in HEADS:
