@@ -5,7 +5,6 @@ Many models side by side: trains them, adds a row a run to results/runs.csv, and
     python results/study.py "--n_loop=4" "--n_loop=4 --no-bias"     any models, by train.py's flags
     python results/study.py tables                              what results/README.md shows of them
     python results/study.py pictures                            its pictures
-    python results/study.py curves out out-2                    the curves of several runs
 
 Every model gets the same data, with the same seed in the same order, and the same evaluation.
 --sweep finds each its own learning rate: it tries rates a factor of two apart, with seed 0, until
@@ -97,7 +96,7 @@ EXPERIMENTS = {
     "copying": {    # when does it begin? The same training, ended early
         f"{label}, {steps} steps":
             f"{BLOCK[256]} --learning_rate=4e-3 --decay_steps=4000 --max_steps={steps} {shape}"
-        for label, shape in SHAPES.items() if "6" not in label for steps in range(500, 4001, 500)
+        for label, shape in SHAPES.items() if "6" not in label for steps in range(800, 4000, 800)
     },
     "compute": {    # five budgets
         f"{n} x, {flops} FLOPs": f"--n_embd=32 --n_loop={n} --compute_of={flops}"
@@ -257,21 +256,11 @@ def run_train_py(code, flags, out, places):
         running.append(process)
         process.wait()
         places.put(place)
-    log = read_log(out)
-    if process.returncode and not (log and log[-1].get("val_loss", 0) is None):     # it diverged
+    log = out / "log.jsonl"
+    record = json.loads(log.read_text().splitlines()[-1]) if log.exists() else {}
+    if process.returncode and record.get("val_loss", 0) is not None:    # None: it diverged
         sys.exit(f"the training in {out} failed, see its out.txt")
-    return log[-1]
-
-
-def read_log(folder):
-    """The records of a run's log.jsonl."""
-    records, path = [], Path(folder, "log.jsonl")
-    for line in open(path) if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            print(f"{path} has a torn line, skipped: {line[:40]!r}", file=sys.stderr)
-    return records
+    return record
 
 
 # ---- many models ----
@@ -320,13 +309,7 @@ def get_args(argv):
         parser.error(f"name an experiment ({', '.join(EXPERIMENTS)}) or the flags of models")
     if experiment:
         return args, args.name or experiment, EXPERIMENTS[experiment], extra
-    # a label is what a model has beside the flags that all begin with
-    words = [part.split() for part in extra]
-    shared = len(os.path.commonprefix(words)) if len(words) > 1 else 0
-    while any(len(each) > shared and not each[shared].startswith("--") for each in words):
-        shared -= 1
-    labels = [" ".join(each[shared:]) or "with nothing else" for each in words]
-    return args, args.name or "own", dict(zip(labels, extra, strict=True)), []
+    return args, args.name or "own", {text: text for text in extra}, []
 
 
 def study(argv):
@@ -596,33 +579,6 @@ def draw_copying(axes):
     axes.legend()
 
 
-def draw_curves(axes, folders):
-    """Draw the training loss as a line, the validation loss as dots: a colour for each folder."""
-    for i, folder in enumerate(folders):
-        records = {}    # {step: what its records say}: a resumed run repeats steps
-        for record in read_log(folder):
-            records[record["step"]] = records.get(record["step"], {}) | record
-        label = name_of(folder)
-        for name, style in (("loss", ".-"), ("val_loss", "o")):
-            points = [(step, records[step][name]) for step in sorted(records)
-                      if records[step].get(name) is not None]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            axes.plot(x, y, style, color=f"C{i}", label=label if name == "val_loss" else None)
-    axes.set(xlabel="step", ylabel="loss, nats", title="line: training, dots: validation")
-    axes.legend()
-
-
-def name_of(folder):
-    """A run's folder and the flags that are not the defaults, for a legend."""
-    path, name = Path(folder, "ckpt.pt"), str(folder)
-    if path.exists():
-        args, defaults = load_checkpoint(path)[1]["args"], vars(train.get_args([])[0])
-        name += "".join(f" --{flag}={value}" for flag, value in args.items()
-                        if value != defaults[flag] and not flag.endswith("_dir"))
-    # matplotlib reads $ as mathematics, and leaves out what begins with _
-    return " " + name.replace("$", r"\$")
-
-
 def pictures():
     save_picture(HERE / "widths.png", draw_widths)
     if has("copying", *EXPERIMENTS["copying"]):
@@ -633,16 +589,11 @@ def pictures():
 
 
 def main():
-    command, *folders = sys.argv[1:] or ["--help"]
+    command = " ".join(sys.argv[1:])
     if command == "tables":
         return print("\n\n".join(tables()))
     if command == "pictures":
         return pictures()
-    if command == "curves":
-        missing = [folder for folder in folders if not Path(folder, "log.jsonl").exists()]
-        if missing or not folders:
-            sys.exit(f"no log.jsonl in {', '.join(missing)}: name folders that train.py wrote")
-        return save_picture("curves.png", draw_curves, folders)
     try:
         study(sys.argv[1:])
     except KeyboardInterrupt:

@@ -1,5 +1,4 @@
 """What is true of study.py: nothing is mixed up in silence, the pages show what the rows say."""
-import json
 import math
 import re
 import shutil
@@ -14,7 +13,6 @@ import study
 import torch
 import torch.nn.functional as F
 import train
-from matplotlib.figure import Figure
 from model import GPTConfig
 from test_model import run, start
 
@@ -94,10 +92,9 @@ def test_what_decides_the_digits_makes_another_run_and_is_kept_with_it(place, mo
 def test_no_model_is_lost_beside_others(place, capsys):
     models = [f"{FEW} --n_loop {n} --n_head {h}" for n, h in ((4, 2), (2, 4), (4, 4))]
     rows = rows_of(*models, f"{FEW} --n_head=3", "--seeds=1", code=1)   # the last is impossible
-    labels = [f"--n_loop {n} --n_head {h}" for n, h in ((4, 2), (2, 4), (4, 4))]
-    assert [row["label"] for row in rows] == labels
+    assert [row["label"] for row in rows] == models
     out, err = capsys.readouterr()
-    assert all(f"\n{label} " in out for label in labels) and "see its out.txt" in err
+    assert all(f"\n{label} " in out for label in models) and "see its out.txt" in err
     with pytest.raises(SystemExit, match="are the same model"):
         study.study([f"{FEW} --n_loop=1", f"--n_loop=1 {FEW}"])
     with pytest.raises(SystemExit, match="--compute_of=x names none of the models before it"):
@@ -187,24 +184,6 @@ def test_each_worker_gets_a_gpu_that_the_caller_may_use(monkeypatch):
     places = study.get_places(3, gpus=2)
     assert [places.get()["CUDA_VISIBLE_DEVICES"] for _ in range(3)] == ["2", "5", "2"]
     assert study.get_places(1, gpus=0).get() == {"OMP_NUM_THREADS": "1"}
-
-
-def test_curves_show_what_logs_say(tmp_path, capsys):
-    folders = [tmp_path / name for name in ("_base", "$x^2^3$", "begun")]
-    log = [{"step": 0, "val_loss": 5}, {"step": 10, "loss": 4}, {"step": 20, "loss": 3},
-           {"step": 10, "val_loss": 4.5}, {"step": 20, "loss": 2}]     # resumed from step 10
-    for folder in folders:
-        folder.mkdir()
-        lines = [json.dumps(record) for record in (log[:1] if folder.name == "begun" else log)]
-        (folder / "log.jsonl").write_text("\n".join([*lines[:3], '{"to', *lines[3:]]))
-    figure = Figure()
-    axes = figure.subplots()
-    study.draw_curves(axes, folders)
-    figure.savefig(tmp_path / "curves.png")
-    assert axes.lines[0].get_xydata().tolist() == [[10, 4], [20, 2]]
-    assert axes.lines[1].get_xydata().tolist() == [[0, 5], [10, 4.5]]
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert len(labels) == 3 and "torn line, skipped" in capsys.readouterr().err
 
 
 def test_copying_is_what_a_second_showing_gains():
