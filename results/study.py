@@ -393,9 +393,9 @@ def runs_of(study, label):
     return rows
 
 
-def losses(study, label):
-    """The validation losses of a model's seeds. Those that diverged are left out."""
-    return np.array([float(row["val_loss"]) for row in runs_of(study, label) if row["val_loss"]])
+def losses(study, label, column="val_loss"):
+    """The validation losses of a model's seeds, or another column. Those that diverged have none."""
+    return np.array([float(row[column]) for row in runs_of(study, label) if row[column]])
 
 
 # ---- tables ----
@@ -420,20 +420,12 @@ def print_table(rows):
               f"{np.mean(found):8.4f} {np.ptp(found) / 2:6.4f}{note}")
 
 
-def cell(study, label):
+def cell(study, label, column="val_loss", digits=3):
     """A model's validation loss as the pages show it: mean±half of the range of several seeds."""
-    found = losses(study, label) if has(study, label) else []
+    found = losses(study, label, column) if has(study, label) else []
     if len(found) < 2:
-        return "".join(f"{loss:.3f}" for loss in found)
-    return f"{found.mean():.3f}±{np.ptp(found) / 2:.3f}"
-
-
-def copied_cell(study, label):
-    """What a model's seeds gain by copying, see copied(): their mean, lowest and highest."""
-    found = [float(row["copied"]) for row in runs_of(study, label) if row["copied"]]
-    if len(found) < 2:
-        return "".join(f"{gain:.2f}" for gain in found)
-    return f"{np.mean(found):.2f} ({min(found):.2f}, {max(found):.2f})".replace("-0.00", "0.00")
+        return "".join(f"{loss:.{digits}f}" for loss in found)
+    return f"{found.mean():.{digits}f}±{np.ptp(found) / 2:.{digits}f}"
 
 
 def answers_of(label, loop):
@@ -449,12 +441,18 @@ def percent(share):
 def markdown(head, rows):
     """A table as Markdown, from its first line and its rows of cells."""
     lines = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]).replace("|  |", "| |")
+    lines = [re.sub(" +", " ", line) for line in lines]     # where a cell is empty
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def gains(study, label, base):
     """How much lower a model's seeds end than the mean of base."""
     return losses(study, base).mean() - losses(study, label)
+
+
+def gain_cell(study, label, base):
+    """The mean of gains, as the pages show it."""
+    return f"{gains(study, label, base).mean():.3f}" if has(study, label, base) else ""
 
 
 def has(study, *labels):
@@ -479,16 +477,16 @@ def tables():
 
     yield from width_tables()
     rows = []
-    for study, width in [("widths", 64), ("widths", 128), ("long", 64)]:
+    both = [width for width in HEADS if has("widths", f"{width}, adamw, 1 block")]
+    for study, width in [*(("widths", width) for width in both), ("long", 64), ("long", 256)]:
         row = [f"{width} wide, {'4,000' if study == 'widths' else '16,000'} steps"]
         for base in (f"{width}, muon, 1 block", f"{width}, adamw, 1 block"):
-            row += [f"{losses(study, base).mean():.3f}",
-                    *(f"{gains(study, f'{base} x {n}', base).mean():.3f}" for n in (2, 6))]
+            row += [cell(study, base), *(gain_cell(study, f"{base} x {n}", base) for n in (2, 6))]
         rows.append(row)
     yield markdown(["", "Muon: 1 block", "x 2", "x 6", "AdamW: 1 block", "x 2", "x 6"], rows)
-    found = [gains("widths", f"64, {optimizer}, 6 blocks", f"64, {optimizer}, 1 block").mean()
+    found = [gain_cell("widths", f"64, {optimizer}, 6 blocks", f"64, {optimizer}, 1 block")
              for optimizer in ("muon", "adamw")]
-    yield "Six blocks of their own gain {:.3f} and {:.3f} at 64 wide.".format(*found)
+    yield f"Six blocks of their own gain {' and '.join(found)} at 64 wide."
 
     rows = [[label, cell("pairs", label)] for label in EXPERIMENTS["pairs"] if has("pairs", label)]
     yield markdown(["width, blocks", "validation loss"], rows)
@@ -507,11 +505,10 @@ def width_tables():
     for width in HEADS:
         one, longer, two, deeper = labels = [f"{width}, muon, {shape}" for shape in shapes]
         if has("widths", one, two, deeper):
-            loop, block = gains("widths", two, one).mean(), gains("widths", deeper, one).mean()
             rows.append([str(width), *(cell("widths", label) for label in labels),
-                         f"{loop:.3f}", f"{block:.3f}"])
-            gained = [copied_cell("widths", label) for label in (one, two, deeper)]
-            copies.append([str(width), *gained])
+                         gain_cell("widths", two, one), gain_cell("widths", deeper, one)])
+            copied_by = [cell("widths", label, "copied", 2) for label in (one, two, deeper)]
+            copies.append([str(width), *copied_by])
     yield markdown(["width", *shapes, "a second loop gains", "a second block"], rows)
     yield "A second loop gains " + ", ".join(f"{row[5]} at {row[0]}" for row in rows) + " wide."
     yield "A second block gains " + ", ".join(row[6] for row in rows)
@@ -565,16 +562,17 @@ def draw_widths(axes):
 
 
 def draw_copying(axes):
-    """Draw what models gain by copying, see copied(), over their training: a line for each seed."""
-    rows = [row for row in read(RUNS) if row["study"] == "copying"]
+    """Draw what seed 0 gains by copying, see copied(), over its training; others at its end."""
     for i, shape in enumerate(label for label in SHAPES if "6" not in label):
-        for seed in sorted({row["seed"] for row in rows}):
-            points = sorted((int(row["label"].split()[-2]), float(row["copied"])) for row in rows
-                            if row["label"].startswith(f"{shape}, ") and row["seed"] == seed)
-            axes.plot(*zip(*points, strict=True), ".-", color=f"C{i}",
-                      label=shape if seed == "0" else None)
+        points = []
+        for label in EXPERIMENTS["copying"]:
+            if label.startswith(f"{shape}, "):
+                points.append((int(label.split()[-2]), losses("copying", label, "copied")[0]))
+        ends = losses("widths", f"256, muon, {shape}", "copied")
+        axes.plot(*zip(*points, (4000, ends[0]), strict=True), "o-", color=f"C{i}", label=shape)
+        axes.plot([4000] * len(ends), ends, "o", color=f"C{i}", alpha=0.6)
     axes.axhline(0, color="black", linewidth=1)
-    axes.set(xlabel="step of training", title="256 wide: when copying begins",
+    axes.set(xlabel="step of training", title="256 wide: when copying begins (pale: other seeds)",
              ylabel="how much lower the loss is on a text shown again, nats")
     axes.legend()
 

@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import study
 import torch
 import torch.nn.functional as F
 import train
+from matplotlib.figure import Figure
 from model import GPTConfig
 from test_model import run, start
 
@@ -210,3 +212,24 @@ def test_the_pages_show_what_the_rows_say():
     for part in study.tables():
         for line in part.splitlines():
             assert re.sub(r"\s+", " ", line) in pages, line
+
+
+def test_the_pictures_show_what_the_rows_say(tmp_path, monkeypatch):
+    """The last points of two lines, from the rows by hand; and that every picture is written."""
+    rows = [row for row in study.read(study.RUNS) if row["study"] == "widths" and not row["trial"]]
+
+    def mean(label, column):
+        return np.mean([float(row[column]) for row in rows if row["label"] == label])
+    widths, copying = Figure().subplots(), Figure().subplots()
+    study.draw_widths(widths)
+    lines = {line.get_label(): line.get_xydata() for line in widths.lines}
+    gain = mean("512, muon, 1 block", "val_loss") - mean("512, muon, 1 block x 2", "val_loss")
+    assert lines["a second loop (Muon)"][-1].tolist() == [512, pytest.approx(gain)]
+    study.draw_copying(copying)
+    lines = {line.get_label(): line.get_xydata() for line in copying.lines}
+    one = [float(row["copied"]) for row in rows if row["label"] == "256, muon, 1 block x 2"]
+    assert lines["1 block x 2"][-1].tolist() == [4000, one[0]] and len(lines["1 block x 2"]) == 5
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    study.pictures()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "arrows.png", "copying.png", "widths.png"]
