@@ -394,7 +394,7 @@ def runs_of(study, label):
 
 
 def losses(study, label, column="val_loss"):
-    """The validation losses of a model's seeds, or another column. Those that diverged have none."""
+    """The validation losses of a model's seeds, or another column, without those that diverged."""
     return np.array([float(row[column]) for row in runs_of(study, label) if row[column]])
 
 
@@ -479,14 +479,17 @@ def tables():
     rows = []
     both = [width for width in HEADS if has("widths", f"{width}, adamw, 1 block")]
     for study, width in [*(("widths", width) for width in both), ("long", 64), ("long", 256)]:
-        row = [f"{width} wide, {'4,000' if study == 'widths' else '16,000'} steps"]
+        row = [f"{width}, 16,000 steps" if study == "long" else str(width)]
         for base in (f"{width}, muon, 1 block", f"{width}, adamw, 1 block"):
             row += [cell(study, base), *(gain_cell(study, f"{base} x {n}", base) for n in (2, 6))]
         rows.append(row)
-    yield markdown(["", "Muon: 1 block", "x 2", "x 6", "AdamW: 1 block", "x 2", "x 6"], rows)
+    yield markdown(["width", "Muon: 1 block", "x 2", "x 6", "AdamW: 1 block", "x 2", "x 6"], rows)
     found = [gain_cell("widths", f"64, {optimizer}, 6 blocks", f"64, {optimizer}, 1 block")
              for optimizer in ("muon", "adamw")]
     yield f"Six blocks of their own gain {' and '.join(found)} at 64 wide."
+    middle, wide = (gain_cell("widths", f"{width}, adamw, 1 block x 2", f"{width}, adamw, 1 block")
+                    for width in (256, 768))
+    yield f"With AdamW a loop gains less: {middle} at 256, {wide} at 768 wide"
 
     rows = [[label, cell("pairs", label)] for label in EXPERIMENTS["pairs"] if has("pairs", label)]
     yield markdown(["width, blocks", "validation loss"], rows)
@@ -510,7 +513,7 @@ def width_tables():
             copied_by = [cell("widths", label, "copied", 2) for label in (one, two, deeper)]
             copies.append([str(width), *copied_by])
     yield markdown(["width", *shapes, "a second loop gains", "a second block"], rows)
-    yield "A second loop gains " + ", ".join(f"{row[5]} at {row[0]}" for row in rows) + " wide."
+    yield ", ".join(f"{row[5]} at {row[0]}" for row in rows) + " wide"
     yield "A second block gains " + ", ".join(row[6] for row in rows)
     yield markdown(["width", *shapes[:1], *shapes[2:]], copies[2:])     # narrower ones don't copy
 
@@ -556,8 +559,8 @@ def draw_widths(axes):
     axes.set_xscale("log")
     axes.set_xticks(list(HEADS), list(HEADS))
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="width of the block", ylabel="how much lower the validation loss is, nats",
-             title="what one block gains from a second loop")
+    axes.set(xlabel="width of the block", ylabel="how much lower the validation loss is, nats", 
+             ylim=(None, 0.4), title="what one block gains from a second loop")
     axes.legend()
 
 
