@@ -179,39 +179,49 @@ def train_run(code, places, study, label, flags, rate, seed):
     folder, version = code
     flags = [*flags, f"--learning_rate={rate:g}", f"--seed={seed}"]
     args, *_ = train.get_args(flags)
-    source = sources(args)
-    device = pick_device(args.device)
+    source, device = sources(args), pick_device(args.device)
     cpu = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         cpu = torch.cuda.get_device_name(device)
-    machine = {"torch": torch.__version__, "threads": 1, "cpu": cpu}
     dtype = str(pick_dtype(args.dtype, device, args.n_embd)).removeprefix("torch.")
-    key = sha256(json.dumps([vars(args), source, folder.name, machine, dtype]).encode()).hexdigest()
+    machine = {"cpu": cpu, "torch": torch.__version__, "threads": 1, "dtype": dtype}
+    key = sha256(json.dumps([vars(args), source, folder.name, machine]).encode()).hexdigest()
     out = Path("out-study", f"{args.n_layer}x{args.n_loop}-{key[:12]}")
     done = (out / "result.json").exists()
     if not done:
-        record, answers = run_train_py(folder, flags, out, places), []
-        model, state = None, None
-        if record["val_loss"]:
-            model, state = load_checkpoint(out / "ckpt.pt", device)
-        if sources(args) != source or state and state["data"] != source[0]:
-            sys.exit(f"{args.data_dir} or {args.init_from} changed during this study")
-        if model and source[0].get("puzzle") == SCORING:
-            answers = right_answers(model, 20 if args.n_loop > 1 else 1)
-        if model and "puzzle" not in source[0]:
-            record["copied"] = copied(model, load_data(args.data_dir)[1])
-        (out / "result.tmp").write_text(json.dumps([record, answers]))
+        record = run_train_py(folder, flags, out, places)
+        result = measure(record, out, args, source, device)
+        (out / "result.tmp").write_text(json.dumps(result))
         (out / "result.tmp").rename(out / "result.json")
     record, answers = json.loads((out / "result.json").read_text())
     print(f"{label:<32} rate {rate:g}, seed {seed}: {record['val_loss'] or 'diverged'}  ({out}"
           + (", from an earlier run)" if done else ")"), flush=True)
     text = shlex.join(flag for flag in flags[:-2] if not flag.startswith("--learning_rate="))
     row = {"study": study, "label": label, "flags": text, "rate": f"{rate:g}", "seed": seed,
-           "dtype": dtype, "data": source[0]["train"]["sha256"][:12], "code": version} | machine
+           "data": source[0]["train"]["sha256"][:12], "code": version} | machine
     return row | {name: record[name] for name in COLUMNS if name in record}, [
         {"study": study, "label": label, "seed": seed, "loop": n}
         | {steps: round(share, 4) for steps, share in zip(STEPS, shares, strict=True)}
         for n, shares in enumerate(answers, start=1)]
+
+
+def measure(record, out, args, source, device):
+    """Add to the record of a finished training what its model copies. Return it and its answers.
+
+    Exits if the training read something else than source.
+    """
+    model = state = None
+    if record["val_loss"] is not None:      # it did not diverge
+        model, state = load_checkpoint(out / "ckpt.pt", device)
+    if sources(args) != source or state and state["data"] != source[0]:
+        sys.exit(f"{args.data_dir} or {args.init_from} changed during this study")
+    if model is None:
+        return record, []
+    if source[0].get("puzzle") == SCORING:
+        return record, right_answers(model, 20 if args.n_loop > 1 else 1)
+    if "puzzle" not in source[0]:
+        record["copied"] = copied(model, load_data(args.data_dir)[1])
+    return record, []
 
 
 @torch.no_grad()
@@ -559,7 +569,7 @@ def draw_widths(axes):
     axes.set_xscale("log")
     axes.set_xticks(list(HEADS), list(HEADS))
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="width of the block", ylabel="how much lower the validation loss is, nats", 
+    axes.set(xlabel="width of the block", ylabel="how much lower the validation loss is, nats",
              ylim=(None, 0.4), title="what one block gains from a second loop")
     axes.legend()
 
