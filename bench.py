@@ -23,7 +23,8 @@ import torch
 
 import train
 from model import GPT, flops_per_token, generate, load_checkpoint, pick_device, pick_dtype
-from prepare import LETTERS, PUZZLES, TEST_CHAINS, follow, make_arrows, make_parser, read_map
+from prepare import LETTERS, PUZZLES, TEST_CHAINS, TRAINING_CHAINS
+from prepare import follow, make_arrows, make_parser, read_map
 
 # ---- speed: what a model costs ----
 
@@ -129,6 +130,7 @@ STEPS = range(max(TEST_CHAINS))     # to an answer
 SCORING = PUZZLES["arrows"]["scoring"]
 # a model trained by --preset=arrows
 SHIPPED = Path(__file__).parent / "results" / "arrows"
+LONGEST = max(TRAINING_CHAINS) - 1  # steps to an answer in training
 
 
 def loops(flags):
@@ -197,7 +199,8 @@ def right_answers(model, n_loop, seed=TEST):
         logits = [model.logits(state) for state in model.eval().states(part, n_loop)]
         guesses.append(torch.stack(logits).argmax(-1).cpu())
     guesses = torch.cat(guesses, dim=1)             # (n_loop, 1000, T)
-    right = (guesses == y)[:, y >= 0].view(n_loop, *steps.shape)
+    right = (guesses == y)[:, y >= 0]               # (n_loop, 16000): 16 answers a map
+    right = right.view(n_loop, *steps.shape)        # (n_loop, 1000, 16), in the order of steps
     return [[one[steps == number].float().mean().item() for number in STEPS] for one in right]
 
 
@@ -215,7 +218,8 @@ def loops_to_settle(model, exit_kl=0.01, n_loop=LOOPS):
 
 def print_answers(rows):
     """Print rows of right_answers, {label: row}."""
-    print("right answers in %, by the steps from the question to its answer (training: 0 to 4)")
+    print("right answers in %, by the steps from the question to its answer "
+          f"(training: 0 to {LONGEST})")
     print(f"{'':<26} {' '.join(f'{steps:5}' for steps in STEPS)}")
     for label, row in rows.items():
         print(f"{label:<26} {' '.join(f'{100 * share:5.1f}' for share in row)}")
@@ -229,8 +233,9 @@ def draw_answers(axes, table, others):
     axes.figure.colorbar(image, label="right answers in %: a blind guess has 50")
     if others:
         axes.axhline(len(rows) - len(others) - 0.5, color="white", linewidth=8)
-    axes.axvline(4.5, color="red")
-    axes.text(4.4, 0, "training: 0 to 4 steps", color="red", ha="right", va="center")
+    axes.axvline(LONGEST + 0.5, color="red")
+    axes.text(LONGEST + 0.4, 0, f"training: 0 to {LONGEST} steps", color="red", ha="right",
+              va="center")
     axes.set_xticks(STEPS)
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel="steps from the question to its answer", title="right answers after each loop")

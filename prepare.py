@@ -267,6 +267,7 @@ def make_additions(count, seed=0):
 # the first, which it never did in training.
 PUZZLES = {
     "arrows": {"make": make_arrows, "count": 100_000, "scoring": {
+        # a map, 16 questions of three bytes, the EOT
         "document_length": len(LETTERS) + 49, "answer_after": ">", "answer_length": 1,
         "hide_answers": True}},
     "addition": {"make": make_additions, "count": 100_000, "scoring": {
@@ -331,7 +332,7 @@ def download(url, sha256=None, hint="run the same command again to go on"):
     if path.exists():
         return path
     print(f"downloading {url} to {path}", file=sys.stderr)
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache, "XDG_CACHE_HOME")
     for wait in (1, 2, 4, 8, 16, None):     # seconds before the next try
         have = part.stat().st_size if part.exists() else 0
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}

@@ -12,7 +12,7 @@ the best lies between two others, in at most 12 trials. Trials have rows too.
 
 The code is copied to out-study/ first, and every run trains from the copy. A run that is finished
 is not repeated, an interrupted one goes on. Its folder's name holds a hash of all that decides its
-digits: flags, data, weights to start from, code, torch, and the processor's instructions.
+loss: flags, data, weights to start from, code, torch, and the processor's instructions.
 """
 import csv
 import fcntl
@@ -51,8 +51,6 @@ COLUMNS = ("study", "label", "flags", "rate", "seed", "trial", "val_loss", "righ
            "params", "tokens", "flops", "flops_ratio", "seconds", "cpu", "torch", "threads",
            "dtype", "data", "code")
 STEPS = [str(steps) for steps in range(10)]     # of arrows.csv: the share of right answers
-SHORT = ("--batch_size=32 --gradient_accumulation_steps=1 --max_steps=1200 --warmup_steps=120 "
-         "--eval_iters=640 --eval_interval=10000")
 SHAPES = {"1 block": "--n_layer=1", "1 block x 2": "--n_loop=2", "1 block x 6": "--n_loop=6",
           "2 blocks": "--n_layer=2", "6 blocks": "--n_layer=6"}
 LONGER = "1 block, compute of x 2"
@@ -113,20 +111,13 @@ EXPERIMENTS = {
             "4 blocks, compute of 2 x 3": "--n_layer=4 --compute_of='{width}, 2 blocks x 3'",
         }.items()
     },
-    "paper": {      # pairs at GPT-2's width and vocabulary, for one GPU
-        "12 blocks": f"--preset=gpt2-124m {SHORT}",
-        "6 blocks x 6": f"--preset=gpt2-81m-loop {SHORT}",
-        "1 block": f"--preset=gpt2-45m {SHORT}",
-        "1 block x 2": f"--preset=gpt2-45m-loop {SHORT}",
-        "2 blocks": f"--preset=gpt2-45m --n_layer=2 {SHORT}",
-    },
 }
 
 
 # ---- one run ----
 
 def copy_code():
-    """Copy the code to out-study/. Return the folder, and the commit or else the hash of the code.
+    """Copy the code to out-study/. Return the folder, and the code's last commit or else its hash.
 
     Edits after this do not matter to the study.
     """
@@ -136,8 +127,8 @@ def copy_code():
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_bytes(text)
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=HERE, text=True,
-                            capture_output=True).stdout.strip()
+    commit = subprocess.run(["git", "log", "-1", "--format=%h", "--abbrev=12", "--", *CODE],
+                            cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
     edits = subprocess.run(["git", "status", "--porcelain", *CODE], cwd=HERE.parent,
                            capture_output=True, text=True).stdout
     return folder, commit if commit and not edits else f"hash {digest[:12]}"
@@ -157,6 +148,7 @@ def get_models(texts, extra):
     """
     models, labels = {}, {}
     for label, text in texts.items():
+        text = re.sub(r"(--\w+) +(?!--)", r"\1=", text)    # --n_loop 4 is --n_loop=4
         flags = [*shlex.split(text), *extra]
         for flag in [flag for flag in flags if flag.startswith("--compute_of=")]:
             flags.remove(flag)
@@ -213,7 +205,7 @@ def measure(record, out, args, source, device):
     model = state = None
     if record["val_loss"] is not None:      # it did not diverge
         model, state = load_checkpoint(out / "ckpt.pt", device)
-    if sources(args) != source or state and state["data"] != source[0]:
+    if sources(args) != source or (state and state["data"] != source[0]):
         sys.exit(f"{args.data_dir} or {args.init_from} changed during this study")
     if model is None:
         return record, []
@@ -306,7 +298,7 @@ def get_args(argv):
     parser = make_parser(f"{__doc__} Experiments: {', '.join(EXPERIMENTS)}", "study.py")
     add = parser.add_argument
     add("--name", help="of the study in runs.csv; None: the experiment's, or own")
-    add("--only", help="a pattern (re.search) that a label must have")
+    add("--only", type=re.compile, default="", help="a pattern (re.search) that a label must have")
     add("--seeds", type=train.positive, default=3, help="number of seeds, from 0 on")
     add("--sweep", action="store_true", help="find a learning rate for each model")
     add("--workers", type=train.positive, help="runs at once; None: one for each GPU or core")
@@ -327,9 +319,13 @@ def study(argv):
     args, name, texts, extra = get_args(argv)
     code = copy_code()
     models = get_models(texts, extra)
-    models = {label: flags for label, flags in models.items() if re.search(args.only or "", label)}
+    models = {label: flags for label, flags in models.items() if args.only.search(label)}
+    if not models:
+        sys.exit(f"no model has {args.only.pattern} in its label: name one of {', '.join(texts)}")
     gpus = torch.cuda.device_count()
-    workers = args.workers or gpus or len(os.sched_getaffinity(0))
+    # the cores that this process may use, where the system (macOS does not) can say
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = args.workers or gpus or cores
     places = get_places(workers, gpus)
     print(f"{len(models)} models, {workers} runs at once", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: the same command goes on"))
@@ -440,7 +436,9 @@ def cell(study, label, column="val_loss", digits=3):
 
 def answers_of(label, loop):
     """Right answers of the puzzle after a loop, by seed and steps: (seeds, 10)."""
-    rows = [row for row in read(ANSWERS) if (row["label"], row["loop"]) == (label, str(loop))]
+    rows = [row for row in read(ANSWERS)
+            if (row["study"], row["label"], row["loop"]) == ("arrows", label, str(loop))]
+    assert len(rows) == len({row["seed"] for row in rows}), f"{label}: a seed has two runs"
     return np.array([[float(row[steps]) for steps in STEPS] for row in rows])
 
 
@@ -456,7 +454,7 @@ def markdown(head, rows):
 
 
 def gains(study, label, base):
-    """How much lower a model's seeds end than the mean of base."""
+    """How much lower a model's seeds end than the mean of base, maybe of other code or machine."""
     return losses(study, base).mean() - losses(study, label)
 
 

@@ -95,12 +95,15 @@ def test_no_model_is_lost_beside_others(place, capsys):
     models = [f"{FEW} --n_loop {n} --n_head {h}" for n, h in ((4, 2), (2, 4), (4, 4))]
     rows = rows_of(*models, f"{FEW} --n_head=3", "--seeds=1", code=1)   # the last is impossible
     assert [row["label"] for row in rows] == models
+    assert rows[0]["flags"].endswith("--n_loop=4 --n_head=2")
     out, err = capsys.readouterr()
     assert all(f"\n{label} " in out for label in models) and "see its out.txt" in err
     with pytest.raises(SystemExit, match="are the same model"):
         study.study([f"{FEW} --n_loop=1", f"--n_loop=1 {FEW}"])
     with pytest.raises(SystemExit, match="--compute_of=x names none of the models before it"):
         study.study([f"{FEW} --compute_of=x"])
+    with pytest.raises(SystemExit, match="no model has seven in its label: name one of 1 loop, "):
+        study.study(["text", "--only=seven"])
     for flags in (["text", "--seed=5"], ["text", "--out_dir=x"], ["x"]):
         with pytest.raises(SystemExit) as caught:
             study.study(flags)
@@ -179,6 +182,22 @@ def test_rows_of_two_codes_are_not_averaged(place):
     study.append(study.RUNS, study.COLUMNS, [row | {"seed": "3", "code": "2"}])
     with pytest.raises(SystemExit, match="3 rows of 2 kinds"):
         study.runs_of("s", "l")
+
+
+def test_a_row_names_the_last_commit_of_the_code(place):
+    def commit(text):
+        git = "git -c user.name=a -c user.email=a@b"
+        subprocess.run(f"git init -q && git add . && {git} commit -qm {text}", shell=True,
+                       check=True, cwd=place / "clone")
+        return study.copy_code()[1]
+    assert re.fullmatch("hash [0-9a-f]{12}", study.copy_code()[1])
+    first = commit("all")
+    assert re.fullmatch("[0-9a-f]{12}", first)
+    (place / "clone" / "README.md").write_text("other words")
+    assert commit("words") == first
+    with open(place / "clone" / "model.py", "a") as file:
+        file.write("# other code\n")
+    assert study.copy_code()[1].startswith("hash ") and commit("code") != first
 
 
 def test_each_worker_gets_a_gpu_that_the_caller_may_use(monkeypatch):
