@@ -499,8 +499,10 @@ def tables():
                     for width in (256, 768))
     yield f"With AdamW a loop gains less: {middle} at 256, {wide} at 768 wide"
 
-    rows = [[label, cell("pairs", label)] for label in EXPERIMENTS["pairs"] if has("pairs", label)]
-    yield markdown(["width, blocks", "validation loss"], rows)
+    shapes = dict.fromkeys(label.split(", ", 1)[1] for label in EXPERIMENTS["pairs"])
+    rows = [[shape, *(cell("pairs", f"{width}, {shape}") for width in (32, 256))]
+            for shape in shapes]
+    yield markdown(["validation loss", "32 wide", "256 wide"], rows)
     rows = []
     for flops in BUDGETS:
         labels = [f"{n} x, {flops} FLOPs" for n in (1, 2, 6)]
