@@ -148,7 +148,6 @@ def get_models(texts, extra):
     """
     models, labels = {}, {}
     for label, text in texts.items():
-        text = re.sub(r"(--\w+) +(?!--)", r"\1=", text)    # --n_loop 4 is --n_loop=4
         flags = [*shlex.split(text), *extra]
         for flag in [flag for flag in flags if flag.startswith("--compute_of=")]:
             flags.remove(flag)
@@ -311,7 +310,11 @@ def get_args(argv):
         parser.error(f"name an experiment ({', '.join(EXPERIMENTS)}) or the flags of models")
     if experiment:
         return args, args.name or experiment, EXPERIMENTS[experiment], extra
-    return args, args.name or "own", {text: text for text in extra}, []
+    extra = [re.sub(r"(--\w+) +(?!--)", r"\1=", text) for text in extra]  # --n_loop 4: --n_loop=4
+    # a label is what a model has beside the flags that all begin with
+    shared = os.path.commonprefix([f"{text} " for text in extra]).rfind(" ") + 1
+    labels = extra if len(extra) == 1 else [text[shared:] or "with no other" for text in extra]
+    return args, args.name or "own", dict(zip(labels, extra, strict=True)), []
 
 
 def study(argv):
