@@ -529,6 +529,8 @@ def width_tables():
     yield ", ".join(f"{row[5]} at {row[0]}" for row in rows) + " wide"
     yield "A second block gains " + ", ".join(row[6] for row in rows)
     yield markdown(["width", *shapes[:1], *shapes[2:]], copies[2:])     # narrower ones don't copy
+    grown = cell("growing", "256, muon, 1 block, then x 2")
+    yield f"With one loop first ([fork](forks/growing.patch)) two end higher at 256: {grown}."
 
 
 def puzzle_tables():
